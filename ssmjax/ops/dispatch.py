@@ -1,0 +1,117 @@
+"""Which implementation of an op runs, and where that is decided.
+
+A name is that implementation or an error. Without a name, what dtype and
+shape allow is settled while tracing, and the platform by
+`jax.lax.platform_dependent` at lowering: code that is compiled ahead of time
+for a chip on a host without one takes the chip's kernel. No globals, no
+environment switches.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from ssmjax.types import check_choice
+
+__all__ = ["IMPLEMENTATIONS", "run"]
+
+IMPLEMENTATIONS = ("reference", "associative", "chunked", "pallas")
+
+
+def run(
+  op: str,
+  implementation: str | None,
+  forms: Mapping[str, Callable[..., Any]],
+  *args: Any,
+  no_kernel: str | None = None,
+  **static: Any,
+) -> Any:
+  """Call one of `forms`, or the fused kernel, on `args`.
+
+  Args:
+    op: the public function, for messages and to find its kernels.
+    implementation: a name of `IMPLEMENTATIONS`, or None to choose.
+    forms: implementations other than pallas, called `form(*args, **static)`;
+      `"chunked"` is the fall-back.
+    *args: arrays and None.
+    no_kernel: why the kernels cannot take these arguments, or None if they
+      can.
+    **static: keyword arguments of every form.
+
+  Raises:
+    ValueError: for a name that does not exist.
+    NotImplementedError: for `"pallas"` where the arguments have no kernel
+      (here), or where the platform has none (when it is lowered).
+  """
+  if implementation is not None:
+    check_choice(op, "implementation", implementation, IMPLEMENTATIONS)
+  if implementation not in (None, "pallas"):
+    return forms[implementation](*args, **static)
+  import kernels_pallas
+
+  kernels = kernels_pallas.kernels(op)
+  chunked = functools.partial(forms["chunked"], **static)
+  if implementation == "pallas":
+    if no_kernel is not None:
+      raise NotImplementedError(
+        f"{op}: implementation='pallas' {no_kernel}. Pass"
+        " implementation='chunked', or None to choose."
+      )
+    fallback = lambda *a: jax.tree.map(
+      functools.partial(_refuse_p.bind, op=op, have=tuple(sorted(kernels))),
+      chunked(*a),
+    )
+  elif no_kernel is not None:
+    return chunked(*args)
+  else:
+    fallback = chunked
+    if "cuda" in kernels and _visible_gpu_is_old():
+      kernels = {k: v for k, v in kernels.items() if k != "cuda"}
+  if not kernels:
+    return fallback(*args)
+  branches = {
+    platform: functools.partial(kernel, **static)
+    for platform, kernel in kernels.items()
+  }
+  return lax.platform_dependent(*args, default=fallback, **branches)
+
+
+def _visible_gpu_is_old() -> bool:
+  """Whether a CUDA device is here that the kernels' instructions lack."""
+  try:
+    devices = jax.local_devices(backend="cuda")
+  except RuntimeError:  # No such backend: ahead-of-time code keeps the kernel.
+    return False
+  return any(float(d.compute_capability) < 8.0 for d in devices)
+
+
+# An identity that cannot be lowered. It stands behind the fall-back of
+# implementation="pallas": differentiated, batched and traced like any other
+# branch, and an error only where that branch would have had to run.
+_refuse_p = Primitive("ssmjax_no_kernel_for_this_platform")
+_refuse_p.def_impl(lambda x, **params: _refuse_eagerly(x, **params))
+_refuse_p.def_abstract_eval(lambda x, **params: x)
+ad.deflinear2(_refuse_p, lambda ct, x, **params: [ct])
+batching.defvectorized(_refuse_p)
+
+
+def _refuse_eagerly(x, **params):
+  return jax.jit(functools.partial(_refuse_p.bind, **params))(x)
+
+
+def _refuse_lowering(ctx, x, *, op, have):
+  platforms = ctx.module_context.platforms
+  raise NotImplementedError(
+    f"{op}: implementation='pallas' has no kernel for"
+    f" {', '.join(platforms)}; it has"
+    f" {'kernels for ' + ', '.join(have) if have else 'none yet'}. Pass"
+    " implementation='chunked', or None to choose by platform."
+  )
+
+
+mlir.register_lowering(_refuse_p, _refuse_lowering)

@@ -1,0 +1,308 @@
+"""The linear recurrence hₜ = aₜ hₜ₋₁ + bₜ, elementwise, of any shape."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ssmjax.ops import dispatch
+from ssmjax.ops.segments import segment_masks
+from ssmjax.ops.varying import match_varying
+from ssmjax.types import (
+  Array,
+  Inexact,
+  Int,
+  check_inexact,
+  check_segment_ids,
+  check_shapes,
+  state_dtype,
+)
+
+__all__ = ["linear_scan", "linear_scan_reference", "linear_step"]
+
+Implementation = Literal["reference", "associative", "chunked", "pallas"]
+
+
+def linear_scan(
+  a: Inexact[Array, "B T *S"],
+  b: Inexact[Array, "B T *S"],
+  *,
+  initial_state: Inexact[Array, "B *S"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  reverse: bool = False,
+  implementation: Implementation | None = None,
+) -> tuple[Inexact[Array, "B T *S"], Inexact[Array, "B *S"]]:
+  """Run an elementwise linear recurrence over a sequence.
+
+  hₜ = aₜ ∘ hₜ₋₁ + bₜ,  yₜ = hₜ
+
+  With b = Δ·B·u and a = exp(ΔA) it is S6's state; with a = σ(g) an RG-LRU or
+  minGRU; with a = 1 a running sum.
+
+  Args:
+    a: decays, broadcastable to b (same rank; an axis of 1 is shared), real or
+      complex.
+    b: inputs, `[B, T, *S]`.
+    initial_state: h₀ (h_{T+1} with `reverse`), `[B, *S]`; zeros if None.
+    segment_ids: `[B, T]` int, 1-based, 0 for padding: see `selective_scan`.
+    reverse: run from the last token to the first.
+    implementation: as in `selective_scan`.
+
+  Returns:
+    y `[B, T, *S]` of b's dtype (complex if a, b or the state is) and the
+    final state `[B, *S]`, float32 or wider. Both carry gradients.
+
+  Raises:
+    ValueError: an argument of the wrong shape or dtype.
+    NotImplementedError: `"pallas"` where there is no kernel; a second
+      derivative of `"chunked"`, at differentiation.
+
+  Source: Blelloch 1990, "Prefix sums and their applications", §1.4.
+
+  >>> y, state = linear_scan(jnp.full((1, 3), 0.5), jnp.ones((1, 3)))
+  >>> y
+  Array([[1.  , 1.5 , 1.75]], dtype=float32)
+  """
+  _check("linear_scan", a, b, initial_state, segment_ids)
+  if implementation == "reference":
+    return linear_scan_reference(
+      a, b, initial_state=initial_state, segment_ids=segment_ids,
+      reverse=reverse,
+    )  # fmt: skip
+  return _linear_scan(
+    a, b, initial_state, segment_ids, reverse=reverse,
+    implementation=implementation,
+  )  # fmt: skip
+
+
+def linear_step(
+  a: Inexact[Array, "B *S"],
+  b: Inexact[Array, "B *S"],
+  *,
+  state: Inexact[Array, "B *S"],
+  segment_ids: Int[Array, " B"] | None = None,
+) -> tuple[Inexact[Array, "B *S"], Inexact[Array, "B *S"]]:
+  """Advance `linear_scan` by one token: y, state, both `[B, *S]`."""
+  over_time = lambda x: None if x is None else x[:, None]
+  _check("linear_step", over_time(a), over_time(b), state,
+         over_time(segment_ids))  # fmt: skip
+  valid = None if segment_ids is None else segment_ids > 0
+  y_dtype = _y_dtype(a, b, state)
+  state = state.astype(state_dtype(a, b, state))
+  y, state = _token(state, a, b, valid, None)
+  return y.astype(y_dtype), state
+
+
+def linear_scan_reference(
+  a: Inexact[Array, "B T *S"],
+  b: Inexact[Array, "B T *S"],
+  *,
+  initial_state: Inexact[Array, "B *S"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  reverse: bool = False,
+) -> tuple[Inexact[Array, "B T *S"], Inexact[Array, "B *S"]]:
+  """Define `linear_scan`: a loop of `linear_step` over the tokens."""
+  _check("linear_scan_reference", a, b, initial_state, segment_ids)
+  dtype = state_dtype(a, b, initial_state)
+  y_dtype = _y_dtype(a, b, initial_state)
+  if initial_state is None:
+    initial_state = jnp.zeros((b.shape[0], *b.shape[2:]), dtype)
+  a = jnp.broadcast_to(a, (a.shape[0], b.shape[1], *a.shape[2:]))
+  masks = segment_masks(segment_ids, reverse=reverse)
+  time_first = lambda x: None if x is None else jnp.moveaxis(x, 1, 0)
+  state, *xs = match_varying(
+    initial_state.astype(dtype), *map(time_first, (a, b, *masks))
+  )
+
+  def step(state, token):
+    y, state = _token(state, *token)
+    return state, y
+
+  state, y = lax.scan(step, state, tuple(xs), reverse=reverse)
+  return jnp.moveaxis(y, 0, 1).astype(y_dtype), state
+
+
+def _token(state, a, b, valid, restart):
+  """One token of the definition; no time axis."""
+  column = lambda mask: mask.reshape(mask.shape + (1,) * (b.ndim - 1))
+  if valid is not None:
+    a = jnp.where(column(valid), a, jnp.ones_like(a))
+    b = jnp.where(column(valid), b, jnp.zeros_like(b))
+  if restart is not None:
+    state = jnp.where(column(restart), jnp.zeros_like(state), state)
+  a, b = a.astype(_part(a, state)), b.astype(_part(b, state))
+  # 1 · h + 0 is h to the bit, so padding leaves the state untouched.
+  state = a.astype(state.dtype) * state + b.astype(state.dtype)
+  if valid is None:
+    return state, state
+  return jnp.where(column(valid), state, jnp.zeros_like(state)), state
+
+
+@functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
+def _linear_scan(
+  a, b, initial_state, segment_ids, *, reverse, implementation
+):
+  dtype = state_dtype(a, b, initial_state)
+  y_dtype = _y_dtype(a, b, initial_state)
+  state = initial_state
+  if state is None:
+    state = jnp.zeros((b.shape[0], *b.shape[2:]), dtype)
+  a, b = a.astype(dtype), b.astype(dtype)
+  valid, restart = segment_masks(segment_ids, reverse=reverse)
+  wide = lambda mask: mask.reshape(mask.shape + (1,) * (b.ndim - 2))
+  if valid is not None:
+    a = jnp.where(wide(valid), a, jnp.ones_like(a))
+    a = jnp.where(wide(restart), jnp.zeros_like(a), a)
+    b = jnp.where(wide(valid), b, jnp.zeros_like(b))
+  refused = None
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    refused = "has no kernel for complex a or b"
+  elif dtype == jnp.dtype("float64"):
+    refused = "has no kernel for float64"
+  y, state = dispatch.run(
+    "linear_scan", implementation,
+    {"associative": _associative, "chunked": _chunked},
+    *match_varying(a, b, state.astype(dtype)),
+    no_kernel=refused, reverse=reverse,
+  )  # fmt: skip
+  if valid is not None:
+    y = jnp.where(wide(valid), y, jnp.zeros_like(y))
+  return y.astype(y_dtype), state
+
+
+def _associative(a, b, state, *, reverse):
+  """All of T at once; differentiable to any order."""
+  a = jnp.broadcast_to(a, b.shape)
+  first = -1 if reverse else 0
+  b = b.at[:, first].add(a[:, first] * state)
+  combine = lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1])
+  _, y = lax.associative_scan(combine, (a, b), axis=1, reverse=reverse)
+  return y, y[:, 0 if reverse else -1]
+
+
+def _chunked(a, b, state, *, reverse):
+  """Own backward: the adjoint of a linear scan is a linear scan."""
+  return _adjoint_scan(reverse, a, b, state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adjoint_scan(reverse, a, b, state):
+  return _by_platform(a, b, state, reverse=reverse)
+
+
+def _adjoint_forward(reverse, a, b, state):
+  y, final = _by_platform(a, b, state, reverse=reverse)
+  return (y, final), (a, y, state)
+
+
+def _adjoint_backward(reverse, residuals, cotangents):
+  return _first_order(reverse, residuals, cotangents)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _first_order(reverse, residuals, cotangents):
+  """gₜ = ȳₜ + aₜ₊₁ gₜ₊₁;  āₜ = gₜ hₜ₋₁,  b̄ₜ = gₜ."""
+  a, y, state = residuals
+  dy, dfinal = cotangents
+  full = jnp.broadcast_to(a, (a.shape[0], y.shape[1], *a.shape[2:]))
+  # The decay into the token *after* t, and the state before t.
+  ones = jnp.ones_like(full[:, :1])
+  if reverse:
+    after = jnp.concatenate([ones, full[:, :-1]], 1)
+    before = jnp.concatenate([y[:, 1:], state[:, None]], 1)
+  else:
+    after = jnp.concatenate([full[:, 1:], ones], 1)
+    before = jnp.concatenate([state[:, None], y[:, :-1]], 1)
+  # A cotangent in JAX pairs without conjugation, so complex a needs none.
+  g, _ = _by_platform(after, dy, dfinal, reverse=not reverse)
+  da = _sum_to(g * before, a.shape)
+  first = -1 if reverse else 0
+  dstate = full[:, first] * g[:, first]
+  return da, g, dstate
+
+
+def _first_order_forward(reverse, residuals, cotangents):
+  return _first_order(reverse, residuals, cotangents), None
+
+
+def _first_order_backward(reverse, residuals, cotangents):
+  raise NotImplementedError(
+    "linear_scan: implementation='chunked' has first-order derivatives only."
+    " Pass implementation='associative' to differentiate again."
+  )
+
+
+_adjoint_scan.defvjp(_adjoint_forward, _adjoint_backward)
+_first_order.defvjp(_first_order_forward, _first_order_backward)
+
+
+def _by_platform(a, b, state, *, reverse):
+  return lax.platform_dependent(
+    a, b, state,
+    cpu=functools.partial(_loop, reverse=reverse),
+    default=functools.partial(_associative, reverse=reverse),
+  )  # fmt: skip
+
+
+def _loop(a, b, state, *, reverse):
+  """One row of time after another, written in place."""
+  length = b.shape[1]
+  a = jnp.broadcast_to(a, (a.shape[0], length, *a.shape[2:]))
+
+  def body(i, carry):
+    h, y = carry
+    t = length - 1 - i if reverse else i
+    row = lambda x: lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
+    h = row(a) * h + row(b)
+    return h, lax.dynamic_update_index_in_dim(y, h, t, 1)
+
+  h, y = lax.fori_loop(0, length, body, (state, jnp.zeros_like(b)))
+  return y, h
+
+
+def _sum_to(x, shape):
+  """Sum the axes that a broadcast of `shape` to x's shape had added to."""
+  axes = tuple(
+    i for i, (n, m) in enumerate(zip(shape, x.shape, strict=True)) if n != m
+  )
+  return x.sum(axes, keepdims=True) if axes else x
+
+
+def _part(x, state):
+  """x's own kind, real or complex, at the precision of the state."""
+  return state.dtype if jnp.iscomplexobj(x) else jnp.finfo(state.dtype).dtype
+
+
+def _y_dtype(a, b, state):
+  dtype = state_dtype(a, b, state)
+  if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(b):
+    return dtype
+  return b.dtype
+
+
+def _check(function, a, b, initial_state, segment_ids):
+  check_inexact(function, a=a, b=b, initial_state=initial_state)
+  shape, decay = jnp.shape(b), jnp.shape(a)
+  if len(shape) < 2:
+    raise ValueError(f"{function}: b has shape {shape}, expected (B, T, ...).")
+  if len(decay) != len(shape) or any(
+    n not in (1, m) for n, m in zip(decay, shape, strict=True)
+  ):
+    raise ValueError(
+      f"{function}: a has shape {decay}, expected {shape} or 1 along axes that"
+      " b's other entries share. Add axes with a[..., None]."
+    )
+  if shape[1] == 0:
+    raise ValueError(f"{function}: b has no time steps, expected T >= 1.")
+  rest = " ".join(map(str, shape[2:]))
+  check_shapes(
+    function,
+    {
+      "b": (b, f"B T {rest}"),
+      "initial_state": (initial_state, f"B {rest}"),
+      "segment_ids": (segment_ids, "B T"),
+    },
+  )
+  check_segment_ids(function, segment_ids)

@@ -1,0 +1,222 @@
+"""Axis letters, array types, shape checks and the records rooms share.
+
+Letters: B batch, T time, D channels, N state per channel, H heads, K key
+width, P value width, G groups, V vocabulary. Time is axis 1; states have no
+time axis and are float32 (complex64 where the decay is complex).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Complex, Float, Inexact, Int
+
+__all__ = [
+  "Array",
+  "Bool",
+  "Complex",
+  "Float",
+  "Inexact",
+  "Int",
+  "Polarization",
+  "Recurrence",
+  "check_choice",
+  "check_inexact",
+  "check_segment_ids",
+  "check_shapes",
+  "real_dtype",
+  "state_dtype",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Polarization:
+  """Which channels of a diagonal recurrence have their decay held fixed.
+
+  Channels are ordered `ones`, learned, `zeros` (Wang et al. 2025, §4.3: the
+  first decay is 1, the last is 0).
+
+  Attributes:
+    ones: number of channels whose decay is exactly 1 (running sums).
+    zeros: number of channels whose decay is exactly 0 (no memory).
+    placement: `"add"` puts them beside the learned channels, so the state has
+      ones + learned + zeros channels (the paper); `"replace"` lets them take
+      the place of learned channels, so the state keeps its size (the
+      matched-state control).
+    zero_decay: `"exact"` makes the decay of a zero-channel exactly 0;
+      `"authors"` and `"paper"` are compatibility modes for an S6 layer that
+      set A = -100 (the released code) and A = -1000 (the text), whose decay
+      exp(ΔA) leaks at small Δ: 0.905 and 0.37 at Δ = 1e-3.
+  """
+
+  ones: int = 0
+  zeros: int = 0
+  placement: Literal["add", "replace"] = "add"
+  zero_decay: Literal["exact", "authors", "paper"] = "exact"
+
+  def __post_init__(self):
+    for name in ("ones", "zeros"):
+      if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+        raise ValueError(
+          f"Polarization: {name} is {getattr(self, name)!r}, expected a"
+          " number of channels, 0 or more."
+        )
+    check_choice(
+      "Polarization", "placement", self.placement, ("add", "replace")
+    )
+    check_choice(
+      "Polarization",
+      "zero_decay",
+      self.zero_decay,
+      ("exact", "authors", "paper"),
+    )
+
+  def total(self, learned: int) -> int:
+    """Channels of the state when the decay has `learned` channels."""
+    if self.placement == "add":
+      return self.ones + learned + self.zeros
+    if self.ones + self.zeros > learned:
+      raise ValueError(
+        f"Polarization: ones={self.ones} and zeros={self.zeros} replace more"
+        f" channels than the {learned} learned ones. Use fewer, or"
+        ' placement="add".'
+      )
+    return learned
+
+  @property
+  def finite_zero(self) -> float | None:
+    """The A of a zero-channel in a compatibility mode; None where exact."""
+    return {"exact": None, "authors": -100.0, "paper": -1000.0}[self.zero_decay]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+  """A layer's own Eq. 1 on a given input, channel by channel.
+
+  hₜ = aₜ ∘ hₜ₋₁ + dtₜ ∘ bₜ,  yₜ = readout(hₜ, t)   (Wang et al. 2025, Eq. 1)
+
+  Attributes:
+    a: decays, `[B, T, *S]`.
+    dt: step sizes Δ, broadcastable to `[B, T, *S]`.
+    b: inputs bₜ(xₜ), `[B, T, *S]`.
+    initial_state: h₀, `[B, *S]`.
+    readout: maps a state `[B, *S]` and a time index (an int or a traced
+      scalar) to the mixer's output at that time, `[B, D]`, with whatever
+      follows the recurrence: gate, skip, projection.
+  """
+
+  a: Inexact[Array, "B T *S"]
+  dt: Inexact[Array, "B T *R"]
+  b: Inexact[Array, "B T *S"]
+  initial_state: Inexact[Array, "B *S"]
+  readout: Callable[[Array, Any], Array] = dataclasses.field(
+    metadata={"static": True}
+  )
+
+
+def check_shapes(
+  function: str,
+  arguments: Mapping[str, tuple[Any, str]],
+  hints: Mapping[str, str] | None = None,
+) -> dict[str, int]:
+  """Bind axis letters to sizes; raise where an argument does not fit.
+
+  Args:
+    function: name of the public function, for the message.
+    arguments: name -> (array or None, letters such as `"B T D"`), in the order
+      in which letters are bound. None is skipped. A letter may be a number,
+      or `N=16`, which binds it.
+    hints: name -> a sentence added to the message of that argument.
+
+  Returns:
+    The size of each letter.
+
+  Raises:
+    ValueError: `selective_scan: B has shape (2, 8, 32), expected (B=2, T=8,
+      N=16).`
+  """
+  sizes: dict[str, int] = {}
+  for name, (value, letters) in arguments.items():
+    if value is None:
+      continue
+    shape = jnp.shape(value)
+    wanted: list[tuple[str, int | None]] = []
+    for letter in letters.split():
+      if letter.isdigit():
+        wanted.append((letter, int(letter)))
+      elif "=" in letter:
+        letter, size = letter.split("=")
+        wanted.append((letter, int(size)))
+      else:
+        wanted.append((letter, sizes.get(letter)))
+    fits = len(shape) == len(wanted) and all(
+      size is None or size == found
+      for (_, size), found in zip(wanted, shape, strict=True)
+    )
+    if not fits:
+      expected = ", ".join(
+        letter if size is None or letter.isdigit() else f"{letter}={size}"
+        for letter, size in wanted
+      )
+      hint = (hints or {}).get(name)
+      raise ValueError(
+        f"{function}: {name} has shape {shape}, expected ({expected})."
+        + (f" {hint}" if hint else "")
+      )
+    for (letter, _), found in zip(wanted, shape, strict=True):
+      sizes[letter] = found
+  return sizes
+
+
+def check_choice(function: str, name: str, value: Any, choices) -> None:
+  """Raise ValueError unless `value` is one of `choices`."""
+  if value not in choices:
+    raise ValueError(
+      f"{function}: {name} is {value!r}, expected one of"
+      f" {', '.join(map(repr, choices))}."
+    )
+
+
+def check_inexact(function: str, **arguments: Any) -> None:
+  """Raise ValueError for an argument that is not float or complex."""
+  for name, value in arguments.items():
+    if value is None:
+      continue
+    dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      raise ValueError(
+        f"{function}: {name} has dtype {dtype.name}, expected a floating"
+        f" type. Pass {name}.astype(jnp.float32)."
+      )
+
+
+def check_segment_ids(function: str, segment_ids: Any) -> None:
+  """Raise ValueError unless `segment_ids` is None or of an integer dtype."""
+  if segment_ids is None:
+    return
+  dtype = jnp.result_type(segment_ids)
+  if not jnp.issubdtype(dtype, jnp.integer):
+    raise ValueError(
+      f"{function}: segment_ids has dtype {dtype.name}, expected int32:"
+      " 1-based segment numbers, 0 for padding. From a mask, pass"
+      " mask.astype(jnp.int32)."
+    )
+
+
+def real_dtype(*values: Any):
+  """The real dtype to compute in: float64 if any value has it, or float32."""
+  wide = (jnp.dtype("float64"), jnp.dtype("complex128"))
+  if any(v is not None and jnp.result_type(v) in wide for v in values):
+    return jnp.dtype("float64")
+  return jnp.dtype("float32")
+
+
+def state_dtype(*values: Any):
+  """The dtype of a state: `real_dtype`, or complex where any value is."""
+  real = real_dtype(*values)
+  if any(v is not None and jnp.iscomplexobj(v) for v in values):
+    return jnp.dtype("complex128" if real == "float64" else "complex64")
+  return real
