@@ -1,0 +1,327 @@
+"""Checkpoints that are whole, verified, and exactly what the run needs.
+
+Layout of a run's folder:
+
+    checkpoints/<step>/               written by orbax, renamed when complete
+    checkpoints/manifest-<step>.json  SHA-256 of every file, written last
+    corrupt/<step>/                   checkpoints whose files had changed
+
+A checkpoint counts from the moment its manifest stands. Orbax renames a
+complete folder into place but does not notice a byte that flips afterwards; the
+manifest does.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import threading
+import time
+import warnings
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from ssmjax.training import files
+
+
+class CheckpointWarning(UserWarning):
+  """A checkpoint was passed over."""
+
+
+class Checkpoints:
+  """The checkpoints of one run: the last `keep` and the best.
+
+  Opening the folder clears what a killed run left behind: unfinished
+  checkpoints are removed, corrupt ones moved aside, each with a warning, until
+  the newest that is whole.
+  """
+
+  def __init__(
+    self,
+    directory: str | pathlib.Path,
+    *,
+    config: dict,
+    keep: int = 2,
+    best_mode: Literal["max", "min"] = "max",
+  ):
+    """Opens or creates `<directory>/checkpoints`.
+
+    Args:
+      directory: the run's folder.
+      config: what identifies the run, JSON-able; kept in every manifest.
+      keep: how many of the latest to keep, at least 2: while one is being
+        written, and if one is corrupt, there must be another.
+      best_mode: whether a greater or a smaller value is better.
+
+    Raises:
+      ValueError: `keep` is below 2, or the newest checkpoint belongs to
+        another configuration; the differing fields are named.
+    """
+    if keep < 2:
+      raise ValueError(
+        f"Checkpoints: keep is {keep}, expected at least 2: one to go back to "
+        "while the other is being written."
+      )
+    self._directory = pathlib.Path(directory).absolute()
+    self._root = self._directory / "checkpoints"
+    self._root.mkdir(parents=True, exist_ok=True)
+    self._config = json.loads(json.dumps(config))
+    self._sign = 1.0 if best_mode == "max" else -1.0
+    if jax.process_index() == 0:
+      self._clear()
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("ssmjax_checkpoints_cleared")
+    self.latest: int | None = max(self._manifests(), default=None)
+    self.save_seconds = 0.0  # the longest save so far, for planning a stop
+    self._thread: threading.Thread | None = None
+    self._error: BaseException | None = None
+    if self.latest is not None:
+      self._check_config(self.latest)
+    score = lambda metrics: metrics["score"]
+    policies = [
+      checkpoint_managers.LatestN(keep),
+      checkpoint_managers.BestN(get_metric_fn=score, n=1),
+    ]
+    self._manager = ocp.CheckpointManager(
+      self._root,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        best_fn=score,  # has orbax store the score, so that it outlives us
+        save_root_metadata=False,
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def save(
+    self, step: int, state: Any, progress: dict, *, best: float | None = None
+  ) -> None:
+    """Starts to save; returns when `state` may be changed or donated.
+
+    Args:
+      step: steps done.
+      state: a pytree of arrays.
+      progress: JSON-able, everything else that the run needs to go on.
+      best: the metric by which the best checkpoint is kept, if known.
+    """
+    self.wait()
+    start = time.monotonic()
+    score = float("-inf") if best is None else self._sign * best
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state),
+        progress=ocp.args.JsonSave(progress),
+      ),
+      metrics={"score": score},
+      force=True,
+    )
+    self._thread = threading.Thread(
+      target=self._finish, args=(step, best, start), name="ssmjax_manifest"
+    )
+    self._thread.start()
+
+  def restore(self, abstract: Any) -> tuple[Any, dict]:
+    """Restores the newest checkpoint: (state, progress).
+
+    Args:
+      abstract: the state's `jax.ShapeDtypeStruct`s with their shardings.
+    """
+    restored = self._manager.restore(
+      self.latest,
+      args=ocp.args.Composite(
+        state=_restore_args(abstract), progress=ocp.args.JsonRestore()
+      ),
+    )
+    return restored["state"], restored["progress"]
+
+  def wait(self) -> None:
+    """Returns when the save in progress is on disk with its manifest."""
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    if self._error is not None:
+      error, self._error = self._error, None
+      raise error
+
+  def close(self) -> None:
+    """Waits for the save in progress and releases orbax."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def path(self, step: int) -> pathlib.Path:
+    """Gives the folder of a step's checkpoint."""
+    return self._root / str(step)
+
+  def _finish(self, step: int, best: float | None, start: float) -> None:
+    """Waits for orbax, then writes the manifest; runs in a thread."""
+    try:
+      self._manager.wait_until_finished()
+      if jax.process_index() == 0:
+        manifest = {
+          "step": step,
+          "best": best,
+          "config": self._config,
+          "files": _digests(self.path(step)),
+        }
+        files.write_json(_manifest(self._root, step), manifest)
+        self._clear_manifests()
+      self.latest = step
+      self.save_seconds = max(self.save_seconds, time.monotonic() - start)
+    except BaseException as error:  # handed to the caller by wait()
+      self._error = error
+
+  def _clear(self) -> None:
+    """Removes or moves aside all checkpoints that are not whole."""
+    self._clear_manifests()
+    whole = False
+    for step in sorted(_steps(self._root), reverse=True):
+      path = self.path(step)
+      # Older ones only need to be there: orbax may have been killed while it
+      # deleted one. Their content is verified when they become the newest.
+      fault = _fault(self._root, step, read=not whole)
+      if fault is None:
+        whole = True
+        continue
+      warnings.warn(
+        f"checkpoint {path} is passed over: {fault}.",
+        CheckpointWarning,
+        stacklevel=5,
+      )
+      if fault == _UNFINISHED:
+        shutil.rmtree(path)
+      else:
+        aside = self._directory / "corrupt" / str(step)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+      _manifest(self._root, step).unlink(missing_ok=True)
+
+  def _clear_manifests(self) -> None:
+    """Removes manifests whose checkpoint orbax has deleted."""
+    for step in self._manifests():
+      if not self.path(step).exists():
+        _manifest(self._root, step).unlink()
+
+  def _manifests(self) -> list[int]:
+    paths = self._root.glob("manifest-*.json")
+    return [int(path.stem.removeprefix("manifest-")) for path in paths]
+
+  def _check_config(self, step: int) -> None:
+    found = read_manifest(self._root, step)["config"]
+    refuse_other(self.path(step), found, self._config)
+
+
+def refuse_other(path: Any, found: dict, expected: dict) -> None:
+  """Raises if two configurations differ, with the differing fields."""
+  lines = files.differing_fields(found, expected)
+  if lines:
+    raise ValueError(
+      f"{path} belongs to another configuration:\n  "
+      + "\n  ".join(lines)
+      + "\nRun with the configuration found, or choose another folder."
+    )
+
+
+def read_manifest(root: pathlib.Path, step: int) -> dict:
+  """Reads the manifest of a step's checkpoint."""
+  return json.loads(_manifest(root, step).read_text())
+
+
+def load_params(
+  directory: str | pathlib.Path,
+  abstract: Any,
+  *,
+  step: int | Literal["latest", "best"] = "latest",
+  best_mode: Literal["max", "min"] = "max",
+) -> Any:
+  """Reads the parameters alone out of a run's checkpoint, after verifying it.
+
+  Args:
+    directory: the run's folder.
+    abstract: `jax.ShapeDtypeStruct`s of the parameters, seed axis included.
+    step: which checkpoint.
+    best_mode: what "best" means.
+
+  Raises:
+    ValueError: there is no such checkpoint, or it is not whole.
+  """
+  root = pathlib.Path(directory).absolute() / "checkpoints"
+  scores = {}
+  for found in _steps(root):
+    if _manifest(root, found).exists():
+      scores[found] = read_manifest(root, found)["best"]
+  known = {s: value for s, value in scores.items() if value is not None}
+  chosen: int | None
+  if step == "latest":
+    chosen = max(scores, default=None)
+  elif step == "best":
+    pick = max if best_mode == "max" else min
+    chosen = pick(known, key=lambda s: known[s], default=None)
+  else:
+    chosen = step
+  if chosen not in scores:
+    raise ValueError(
+      f"load: {directory} has no checkpoint {step!r}; found the steps "
+      f"{sorted(scores)}, with the best metric known at {sorted(known)}."
+    )
+  fault = _fault(root, chosen, read=True)
+  if fault is not None:
+    raise ValueError(f"load: checkpoint {root / str(chosen)}: {fault}.")
+  item = {"params": abstract}
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    return checkpointer.restore(
+      root / str(chosen) / "state", args=_restore_args(item, partial=True)
+    )["params"]
+
+
+_UNFINISHED = "it has no manifest, so its writing was cut short"
+
+
+def _fault(root: pathlib.Path, step: int, *, read: bool) -> str | None:
+  """Says what is wrong with a checkpoint; without `read` by sizes alone."""
+  if not _manifest(root, step).exists():
+    return _UNFINISHED
+  for name, (size, digest) in read_manifest(root, step)["files"].items():
+    path = root / str(step) / name
+    if not path.is_file():
+      return f"its file {name} is missing"
+    if path.stat().st_size != size:
+      return f"its file {name} has {path.stat().st_size} bytes, not {size}"
+    if read and _digest(path) != digest:
+      return f"its file {name} has changed since it was written"
+  return None
+
+
+def _steps(root: pathlib.Path) -> list[int]:
+  return [int(path.name) for path in root.iterdir() if path.name.isdigit()]
+
+
+def _manifest(root: pathlib.Path, step: int) -> pathlib.Path:
+  return root / f"manifest-{step}.json"
+
+
+def _digests(folder: pathlib.Path) -> dict[str, list]:
+  return {
+    path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)]
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }
+
+
+def _digest(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _restore_args(abstract: Any, *, partial: bool = False):
+  return ocp.args.PyTreeRestore(
+    item=abstract,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+    partial_restore=partial,
+  )

@@ -1,0 +1,108 @@
+"""What a run is told and what it came to."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from ssmjax.training import sharding, step
+
+# hook(step, models): `models()` gives the seeds' models as they stand.
+Hook = Callable[[int, Callable[[], tuple[Any, ...]]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+  """What a run does, apart from model, loss, optimizer and data.
+
+  All intervals count steps from 0. Their multiples are the grid on which
+  dispatches end and on which alone the run saves, evaluates and stops; best
+  they are multiples of `steps_per_dispatch`, since a cell that is shorter goes
+  step by step.
+
+  Attributes:
+    steps: all steps of the run.
+    seeds: one run per seed, trained at once (parameters, data and RNG each
+      its own), with one line per seed in the metrics.
+    steps_per_dispatch: steps in one call of the device, by `lax.scan`; more
+      than 1 pays where a step takes less than some 10 ms.
+    microbatches: parts of each device's batch computed one after another.
+    strategy: "shard_map", or "pmap" for those who come from there.
+    log_every: steps between two lines of metrics.
+    evaluate_every: steps between two evaluations; None only at the end.
+    save_every: steps between two checkpoints.
+    keep: how many of the latest checkpoints to keep, at least 2.
+    best: the metric of `evaluate` (mean over seeds) by which the best
+      checkpoint is kept, whenever it improves.
+    best_mode: whether "max" or "min" is better.
+    stop_above: stops early once `best` is above this for every seed.
+    minutes: stops in time to have saved after so many minutes.
+    progress: show a bar (tqdm) or lines.
+  """
+
+  steps: int
+  seeds: tuple[int, ...] = (0,)
+  steps_per_dispatch: int = 1
+  microbatches: int = 1
+  strategy: sharding.Strategy = "shard_map"
+  log_every: int = 100
+  evaluate_every: int | None = None
+  save_every: int = 1000
+  keep: int = 2
+  best: str | None = None
+  best_mode: Literal["max", "min"] = "max"
+  stop_above: float | None = None
+  minutes: float | None = None
+  progress: bool = True
+
+  def __post_init__(self):
+    for name in ("steps", "steps_per_dispatch", "microbatches", "log_every"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"FitConfig: {name} is {getattr(self, name)}, expected at least 1."
+        )
+    if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+      raise ValueError(
+        f"FitConfig: seeds are {self.seeds}, expected one or more, distinct."
+      )
+    if self.stop_above is not None and self.best is None:
+      raise ValueError(
+        "FitConfig: stop_above needs best, the metric that it looks at."
+      )
+
+  def identity(self) -> dict:
+    """Gives the fields that decide the result, JSON-able."""
+    fields = dataclasses.asdict(self)
+    for name in ("keep", "minutes", "progress"):
+      del fields[name]
+    return fields
+
+  def grid(self) -> tuple[int, ...]:
+    """Gives the intervals whose multiples are boundaries."""
+    intervals = (self.steps_per_dispatch, self.log_every, self.save_every)
+    return (*intervals, self.evaluate_every or self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+  """What a run came to.
+
+  Attributes:
+    models: one per seed, with the parameters after the last step.
+    step: steps done.
+    finished: whether the run is over; if not, the same call goes on.
+    reason: "finished", "stopped early", "minutes" or "sigterm".
+    metrics: per seed, the last evaluation's metrics (empty without one).
+    state: the train state.
+  """
+
+  models: tuple[Any, ...]
+  step: int
+  finished: bool
+  reason: str
+  metrics: tuple[dict[str, float], ...]
+  state: step.TrainState
+
+  @property
+  def model(self) -> Any:
+    """The first seed's model."""
+    return self.models[0]

@@ -1,0 +1,144 @@
+"""A run's folder, which belongs to one configuration, and when to stop."""
+
+import contextlib
+import fcntl
+import json
+import pathlib
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from ssmjax.training import checkpoints, files
+from ssmjax.training.determinism import ensure_deterministic
+
+_VERSIONS = ("jax", "jaxlib", "flax", "optax", "ssmjax")
+
+
+class RunFolder:
+  """Holds the folder for one process at a time and one configuration.
+
+  Attributes:
+    identity: the configuration, as JSON gives it back.
+    exact: whether a resume here is exact to the bit.
+  """
+
+  def __init__(self, directory: pathlib.Path, identity: dict, mesh: Mesh):
+    self.identity = json.loads(json.dumps(identity))
+    self.exact = ensure_deterministic()
+    self._directory = directory
+    device = mesh.devices.flat[0]
+    self._environment = {
+      "devices": f"{mesh.size} × {device.device_kind}",
+      "versions": {name: metadata.version(name) for name in _VERSIONS},
+    }
+
+  def __enter__(self) -> "RunFolder":
+    """Locks the folder, then checks or writes `config.json`."""
+    self._lock = contextlib.ExitStack()
+    if jax.process_index() == 0:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      file = self._lock.enter_context(open(self._directory / ".lock", "w"))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        self._lock.close()
+        raise ValueError(
+          f"fit: another process trains in {self._directory}; wait for it or "
+          "choose another folder."
+        ) from None
+      try:
+        self._check_config()
+      except BaseException:
+        self._lock.close()
+        raise
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._lock.close()
+
+  def _check_config(self) -> None:
+    path = self._directory / "config.json"
+    if not path.exists():
+      files.write_json(
+        path, {"config": self.identity, "environment": self._environment}
+      )
+      return
+    found = json.loads(path.read_text())
+    checkpoints.refuse_other(path, found["config"], self.identity)
+    lines = files.differing_fields(found["environment"], self._environment)
+    if lines:
+      warnings.warn(
+        f"{self._directory} was begun elsewhere; the run goes on but is not "
+        "bit-identical to one that never stopped:\n  " + "\n  ".join(lines),
+        stacklevel=5,
+      )
+
+
+class StopRequest:
+  """SIGTERM and the clock: whether the run should stop at a boundary.
+
+  A cell's time is what it took lately, at its longest; since dispatches run
+  ahead of the host by one, three of them are kept in reserve for the last save.
+  """
+
+  def __init__(self, minutes: float | None):
+    self._end = None
+    if minutes is not None:
+      self._end = time.monotonic() + 60 * minutes
+    self._terminated = False
+    self._recent: dict[str, list[float]] = {}
+
+  def __enter__(self) -> "StopRequest":
+    # Python takes signals in the main thread only.
+    self._old = None
+    if threading.current_thread() is threading.main_thread():
+      self._old = signal.signal(signal.SIGTERM, self._terminate)
+    return self
+
+  def __exit__(self, *exception) -> None:
+    if self._old is not None:
+      signal.signal(signal.SIGTERM, self._old)
+
+  @contextlib.contextmanager
+  def timed(self, name: str) -> Iterator["_Timing"]:
+    """Remembers how long something took."""
+    timing = _Timing(name)
+    start = time.monotonic()
+    yield timing
+    recent = self._recent.setdefault(timing.name, [])
+    recent.append(time.monotonic() - start)
+    del recent[:-20]
+
+  def reason(self, due: list[str], save_seconds: float) -> str | None:
+    """Says why to stop now, given what is due before the next chance to."""
+    reserve = 1.0 + 2 * save_seconds
+    for name in due:
+      times = 3 if name == "cell" else 1
+      reserve += times * max(self._recent.get(name, [0.0]))
+    late = self._end is not None and time.monotonic() + reserve > self._end
+    if _any_process(self._terminated):
+      return "sigterm"
+    return "minutes" if _any_process(late) else None
+
+  def _terminate(self, *_) -> None:
+    self._terminated = True
+
+
+class _Timing:
+  def __init__(self, name: str):
+    self.name = name
+
+
+def _any_process(flag: bool) -> bool:
+  """Processes must stop at the same boundary."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.asarray(flag)).any())

@@ -1,0 +1,465 @@
+"""`fit`: a run that can be killed at any moment and goes on exactly."""
+
+import collections
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from ssmjax.training import sharding, sources, step
+from ssmjax.training.checkpoints import Checkpoints, load_params
+from ssmjax.training.config import FitConfig, FitResult, Hook
+from ssmjax.training.folder import RunFolder, StopRequest
+from ssmjax.training.metrics import MetricsLog, Progress, Sums
+
+
+class NonFiniteError(FloatingPointError):
+  """Loss or gradient was not finite; names step, batch and checkpoint."""
+
+
+def fit(
+  init: Callable[[int], Any],
+  loss: step.Loss,
+  optimizer: optax.GradientTransformation,
+  data: Any,
+  config: FitConfig,
+  directory: str | pathlib.Path,
+  *,
+  settings: dict | None = None,
+  evaluate: Callable[[Any, int], dict[str, float]] | None = None,
+  hooks: Sequence[Hook] = (),
+  mesh: Mesh | None = None,
+) -> FitResult:
+  """Trains, or goes on with the training that the folder holds.
+
+  The end of a run does not depend on how often it was stopped or killed: the
+  parameters are the same to the bit and so are the metrics, but for the fields
+  in `metrics.WALL_CLOCK`, on the same kind and number of devices and the same
+  versions. On a GPU this needs `ensure_deterministic()` before JAX starts.
+
+  Args:
+    init: from a seed to a model: an `nnx.Module` with float32 `nnx.Param`s.
+    loss: `loss(model, batch, key) -> (loss_sum, weight, metric_sums)`, all sums
+      over the examples it is given, see `gradient`.
+    optimizer: an optax transformation, see `adamw`.
+    data: a `Stream`, or an iterator of dicts of numpy arrays with `get_state`
+      and `set_state` (all seeds then see the same batches).
+    config: see `FitConfig`.
+    directory: the run's folder.
+    settings: JSON-able, what identifies the run beyond `config` (model, data,
+      learning rate); a folder with other settings is refused.
+    evaluate: `evaluate(model, step)` gives metrics of one seed's model.
+    hooks: called as `hook(step, models)` at every boundary of the grid.
+    mesh: has an axis "data", over which batches are divided; by default all
+      devices.
+
+  Returns:
+    A `FitResult`. If the folder's run is over, at once.
+
+  Raises:
+    ValueError: the folder belongs to another configuration, or a batch does
+      not divide among devices and microbatches.
+    NonFiniteError: loss or gradient is not finite.
+
+  Example, a regression by least squares on four numbers::
+
+    class Data:                      # a Stream
+      def kind(self, step):
+        return 32                    # the batch size
+
+      def batch(self, kind, step, seed):
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        x = jax.random.normal(key, (kind, 4))
+        return {"x": x, "y": x.sum(axis=1, keepdims=True)}
+
+    def loss(model, batch, key):
+      error = (model(batch["x"]) - batch["y"]) ** 2
+      return error.sum(), error.size, {}
+
+    result = fit(
+      init=lambda seed: nnx.Linear(4, 1, rngs=nnx.Rngs(seed)),
+      loss=loss,
+      optimizer=adamw(1e-2, weight_decay=0.0),
+      data=Data(),
+      config=FitConfig(steps=1000, steps_per_dispatch=50, seeds=(0, 1)),
+      directory="runs/regression",
+    )
+    result.models[1].kernel          # of seed 1
+  """
+  mesh = sharding.data_mesh() if mesh is None else mesh
+  sharding.check_mesh(mesh)
+  return _Run(
+    init, loss, optimizer, data, config, directory, settings, evaluate, mesh
+  ).fit(hooks)
+
+
+def load(
+  directory: str | pathlib.Path,
+  init: Callable[[int], Any],
+  *,
+  seeds: tuple[int, ...] = (0,),
+  at: int | Literal["latest", "best"] = "latest",
+  best_mode: Literal["max", "min"] = "max",
+) -> tuple[Any, ...]:
+  """Loads the models of a run's checkpoint, one per seed.
+
+  Args:
+    directory: the run's folder.
+    init: as given to `fit`; it is not run, only its shapes are used.
+    seeds: as given to `fit`.
+    at: a step, or "latest", or "best" by the run's `best` metric.
+    best_mode: as given to `fit`.
+  """
+  graphdef, abstract = _abstract(init, optax.identity(), seeds)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  params = load_params(
+    directory,
+    _with_sharding(
+      abstract.params, jax.tree.map(lambda _: device, abstract.params)
+    ),
+    step=at,
+    best_mode=best_mode,
+  )
+  return _models(graphdef, params, len(seeds))
+
+
+class _Run:
+  """One call of `fit`."""
+
+  def __init__(
+    self,
+    init,
+    loss,
+    optimizer,
+    data,
+    config,
+    directory,
+    settings,
+    evaluate,
+    mesh,
+  ):
+    self._config, self._evaluate, self._mesh = config, evaluate, mesh
+    self._init, self._loss, self._optimizer = init, loss, optimizer
+    self._source = sources.source_of(data)
+    self._directory = pathlib.Path(directory).absolute()
+    self._settings = settings or {}
+    self._programs: dict = {}
+    self._tokens: dict = {}
+    self._pending: collections.deque = collections.deque()
+    self._evaluated: list[dict] = []
+    self._best: float | None = None
+    self._over: str | None = None
+    self._made = 0  # tokens since the last line
+
+  def fit(self, hooks: Sequence[Hook]) -> FitResult:
+    config = self._config
+    self._graphdef, abstract = _abstract(
+      self._init, self._optimizer, config.seeds
+    )
+    parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
+    identity = {
+      "settings": self._settings,
+      "fit": config.identity(),
+      "parameters": parameters,
+    }
+    with (
+      RunFolder(self._directory, identity, self._mesh) as folder,
+      StopRequest(config.minutes) as stop,
+    ):
+      self._folder = folder
+      self._checkpoints = Checkpoints(
+        self._directory,
+        config=folder.identity,
+        keep=config.keep,
+        best_mode=config.best_mode,
+      )
+      try:
+        self._restore(abstract)
+        if self._over is None:
+          self._train(hooks, stop)
+      finally:
+        self._checkpoints.close()
+    return FitResult(
+      models=self._models(),
+      step=self._step,
+      finished=self._over in ("finished", "stopped early"),
+      reason=self._over or "",
+      metrics=tuple(self._evaluated),
+      state=self._state,
+    )
+
+  def _restore(self, abstract: step.TrainState) -> None:
+    """Takes up the newest checkpoint, or starts."""
+    shardings = sharding.state_sharding(abstract, self._mesh)
+    self._step, self._sums = 0, Sums()
+    if self._checkpoints.latest is None:
+      _, state = step.init_state(
+        self._init, self._optimizer, self._config.seeds
+      )
+      # A fresh copy: device_put may share buffers, and ours will be donated.
+      copy = jax.jit(
+        lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings
+      )
+      self._state = copy(state)
+      return
+    abstract = _with_sharding(abstract, shardings)
+    self._state, progress = self._checkpoints.restore(abstract)
+    self._step = progress["step"]
+    self._sums = Sums(progress["sums"])
+    self._best = progress["best"]
+    self._over = progress["over"]
+    self._evaluated = progress["evaluated"]
+    self._source.restore(progress["cursor"])
+
+  def _train(self, hooks: Sequence[Hook], stop: StopRequest) -> None:
+    config = self._config
+    self._log = MetricsLog(self._directory, self._step)
+    self._bar = Progress(self._step, config.steps, show=config.progress)
+    self._clock = time.monotonic()
+    if not self._folder.exact:
+      self._bar.say(
+        "This GPU run is not exact: call ssmjax.training.ensure_deterministic()"
+        " before JAX starts."
+      )
+    if self._step:
+      self._bar.say(f"Going on after step {self._step}.")
+    try:
+      while self._over is None:
+        self._cell(stop)
+        self._boundary(hooks, stop)
+      self._checkpoints.wait()
+      if self._over in ("minutes", "sigterm"):
+        self._bar.say(
+          f"Stopped ({self._over}) and saved after step {self._step} of "
+          f"{config.steps}. To go on, run the same command again."
+        )
+    finally:
+      self._bar.close()
+      self._log.close()
+
+  def _cell(self, stop: StopRequest) -> None:
+    """Dispatches the steps up to the next boundary."""
+    end = self._next()
+    size = self._config.steps_per_dispatch
+    compiled = len(self._programs)
+    with stop.timed("cell") as timing:
+      for run in self._source.runs(self._step, end, size):
+        program = self._program(run)
+        batches = run.batches
+        if batches:
+          sharding.check_batch(
+            jax.tree.map(lambda x: x[0], batches),
+            self._mesh.shape[sharding.AXIS] // jax.process_count(),
+            self._config.microbatches,
+          )
+          batches = sharding.place(batches, self._mesh, self._config.strategy)
+        self._state, metrics = program(self._state, batches)
+        self._pending.append((run, metrics))
+        # One dispatch stays in flight while the one before it is read.
+        self._drain(1)
+      if len(self._programs) > compiled:
+        timing.name = "compile"
+    self._step = end
+
+  def _boundary(self, hooks: Sequence[Hook], stop: StopRequest) -> None:
+    """Does what is due after `self._step` steps."""
+    config = self._config
+    last = self._step == config.steps
+    if self._step % config.log_every == 0 or last:
+      self._pending.append(self._step)
+      self._drain(1)
+    save = last or self._step % config.save_every == 0
+    score = None
+    if self._evaluate is not None and (
+      last or self._step % (config.evaluate_every or config.steps) == 0
+    ):
+      with stop.timed("evaluate"):
+        self._drain(0)
+        score, improved, passed = self._evaluation()
+      save |= improved
+      if passed:
+        self._over = "stopped early"
+    for hook in hooks:
+      self._drain(0)
+      hook(self._step, self._models)
+    if last:
+      self._over = self._over or "finished"
+    reason = None if self._over else self._interrupted(stop)
+    if save or self._over or reason:
+      self._save(score)
+    self._over = self._over or reason
+
+  def _interrupted(self, stop: StopRequest) -> str | None:
+    """Asks whether to stop here, given what comes before the next boundary."""
+    next_end = self._next()
+    size = self._config.steps_per_dispatch
+    needed = self._source.programs(self._step, next_end, size)
+    due = ["cell"]
+    if not needed <= self._programs.keys():
+      due.append("compile")
+    every = self._config.evaluate_every or self._config.steps
+    if self._evaluate is not None and next_end % every == 0:
+      due.append("evaluate")
+    return stop.reason(due, self._checkpoints.save_seconds)
+
+  def _evaluation(self) -> tuple[float | None, bool, bool]:
+    """Evaluates all seeds: (score, is it the best, may we stop)."""
+    config = self._config
+    assert self._evaluate is not None
+    self._evaluated = [
+      {
+        name: float(value)
+        for name, value in self._evaluate(model, self._step).items()
+      }
+      for model in self._models()
+    ]
+    self._log.write(self._step, "evaluate", config.seeds, self._evaluated)
+    if config.best is None:
+      return None, False, False
+    missing = [m for m in self._evaluated if config.best not in m]
+    if missing:
+      raise ValueError(
+        f"fit: evaluate gave {sorted(missing[0])}, without the metric "
+        f"{config.best!r} that FitConfig.best names."
+      )
+    scores = [metrics[config.best] for metrics in self._evaluated]
+    score = float(np.mean(scores))
+    sign = 1.0 if config.best_mode == "max" else -1.0
+    improved = self._best is None or sign * score > sign * self._best
+    if improved:
+      self._best = score
+    limit = config.stop_above
+    return score, improved, limit is not None and min(scores) > limit
+
+  def _save(self, score: float | None) -> None:
+    self._drain(0)
+    self._log.sync()
+    progress = {
+      "step": self._step,
+      "sums": self._sums.to_json(),
+      "best": self._best,
+      "over": self._over,
+      "evaluated": self._evaluated,
+      "cursor": self._source.cursor(),
+    }
+    self._checkpoints.save(self._step, self._state, progress, best=score)
+
+  def _drain(self, leave: int) -> None:
+    """Reads pending metrics until `leave` dispatches are left in flight."""
+    pending = self._pending
+    in_flight = sum(isinstance(entry, tuple) for entry in pending)
+    while pending:
+      entry = pending[0]
+      if isinstance(entry, tuple):
+        if in_flight <= leave:
+          return
+        in_flight -= 1
+        run, metrics = entry
+        metrics = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
+        self._check_finite(run, metrics)
+        self._sums.add(metrics)
+        self._count(run)
+      else:
+        self._write_line(entry)
+      pending.popleft()
+
+  def _count(self, run: sources.Run) -> None:
+    if run.kind not in self._tokens:
+      self._tokens[run.kind] = self._source.tokens(run)
+    self._made += run.steps * self._tokens[run.kind]
+
+  def _write_line(self, at: int) -> None:
+    now = time.monotonic()
+    seconds, self._clock = now - self._clock, now
+    means = self._sums.means()
+    for values in means:
+      values["seconds"] = seconds
+      values["tokens_per_second"] = self._made / seconds if seconds else 0.0
+    self._log.write(at, "train", self._config.seeds, means)
+    self._bar.update(at, means)
+    self._sums, self._made = Sums(), 0
+
+  def _check_finite(self, run: sources.Run, metrics: dict) -> None:
+    for name in ("loss", "grad_norm"):
+      bad = np.argwhere(~np.isfinite(metrics[name][..., 0]))
+      if not len(bad):
+        continue
+      offset, index = map(int, bad[0])
+      at, seed = run.first + offset, self._config.seeds[index]
+      self._checkpoints.wait()
+      latest = self._checkpoints.latest
+      back = (
+        f"checkpoint {self._checkpoints.path(latest)}"
+        if latest is not None
+        else "the start: there is no checkpoint yet"
+      )
+      raise NonFiniteError(
+        f"fit: {name} is {metrics[name][offset, index, 0]} at step {at} (seed "
+        f"{seed}, batch {self._source.name(at, seed)}); go back to {back}."
+      )
+
+  def _program(self, run: sources.Run):
+    found = self._programs.get((run.kind, run.steps))
+    if found is not None:
+      return found
+    config = self._config
+    program = sharding.parallel(
+      step.make_program(
+        self._loss,
+        self._optimizer,
+        self._graphdef,
+        steps=run.steps,
+        seeds=config.seeds,
+        microbatches=config.microbatches,
+        axis=sharding.AXIS,
+        devices=self._mesh.shape[sharding.AXIS],
+        stream=self._source.stream,
+        kind=run.kind,
+      ),
+      self._mesh,
+      config.strategy,
+    )
+    self._programs[run.kind, run.steps] = program
+    return program
+
+  def _next(self) -> int:
+    config = self._config
+    return sources.next_boundary(self._step, config.steps, config.grid())
+
+  def _models(self) -> tuple[Any, ...]:
+    return _models(self._graphdef, self._state.params, len(self._config.seeds))
+
+
+def _abstract(init, optimizer, seeds) -> tuple[Any, step.TrainState]:
+  """Structure and shapes of the state, without computing it."""
+  found = []
+
+  def build():
+    graphdef, state = step.init_state(init, optimizer, seeds)
+    found.append(graphdef)
+    return state
+
+  state = jax.eval_shape(build)
+  return found[0], state
+
+
+def _with_sharding(abstract, shardings):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    shardings,
+  )
+
+
+def _models(graphdef, params, seeds: int) -> tuple[Any, ...]:
+  return tuple(
+    nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], params))
+    for i in range(seeds)
+  )

@@ -1,0 +1,186 @@
+"""Metrics: sums into means, JSON lines, TensorBoard events, a progress bar."""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ssmjax.training import files
+
+# The fields of a line that differ from run to run.
+WALL_CLOCK = ("seconds", "tokens_per_second")
+
+
+class Sums:
+  """Adds up (sum, weight) of each metric and seed since the last line.
+
+  Held in float64 and as JSON in checkpoints, so that a line whose steps lie
+  on both sides of a resume is the same to the bit.
+  """
+
+  def __init__(self, values: dict[str, list] | None = None):
+    self._values = {
+      name: np.asarray(pairs) for name, pairs in (values or {}).items()
+    }
+
+  def add(self, metrics: dict[str, np.ndarray]) -> None:
+    """Adds arrays `[steps, S, 2]`."""
+    for name, pairs in metrics.items():
+      total = pairs.astype(np.float64).sum(axis=0)
+      self._values[name] = self._values.get(name, 0.0) + total
+
+  def means(self) -> list[dict[str, float]]:
+    """Gives each seed's means, in the order of names."""
+    seeds = len(next(iter(self._values.values()), ()))
+    with np.errstate(invalid="ignore", divide="ignore"):
+      means = {n: p[:, 0] / p[:, 1] for n, p in sorted(self._values.items())}
+    return [{n: float(m[i]) for n, m in means.items()} for i in range(seeds)]
+
+  def to_json(self) -> dict[str, list]:
+    """Gives what `Sums(...)` takes."""
+    return {name: pairs.tolist() for name, pairs in self._values.items()}
+
+
+class MetricsLog:
+  """Writes `metrics.jsonl` and TensorBoard events; only process 0 writes.
+
+  A line is `{"step", "event", "seed", <metric>: value, ...}`, one per seed.
+  """
+
+  def __init__(self, directory: pathlib.Path, step: int):
+    """Opens the folder's files and cuts them back to `step`."""
+    self._writes = jax.process_index() == 0
+    if not self._writes:
+      return
+    path = directory / "metrics.jsonl"
+    kept = [line for line in _lines(path) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    files.write_atomically(path, text.encode())
+    self._file = open(path, "a")  # noqa: SIM115 (closed by close())
+    self._events = _event_writer(directory, step)
+
+  def write(
+    self, step: int, event: str, seeds: Iterable[int], metrics: list[dict]
+  ) -> None:
+    """Writes one line per seed."""
+    if not self._writes:
+      return
+    several = len(metrics) > 1
+    for seed, values in zip(seeds, metrics, strict=True):
+      line = {"step": step, "event": event, "seed": seed}
+      line |= {name: _finite(value) for name, value in values.items()}
+      self._file.write(json.dumps(line) + "\n")
+      if self._events is not None:
+        prefix = f"{event}/seed_{seed}/" if several else f"{event}/"
+        for name, value in values.items():
+          self._events.add_scalar(prefix + name, value, step)
+    self._file.flush()
+
+  def sync(self) -> None:
+    """Returns when all lines are on disk: before a checkpoint counts."""
+    if self._writes:
+      self._file.flush()
+      os.fsync(self._file.fileno())
+      if self._events is not None:
+        self._events.flush()
+
+  def close(self) -> None:
+    """Closes the files."""
+    if self._writes:
+      self._file.close()
+      if self._events is not None:
+        self._events.close()
+
+
+def read_metrics(
+  directory: str | os.PathLike, *, wall_clock: bool = True
+) -> list[dict[str, Any]]:
+  """Reads the lines of a run's `metrics.jsonl`.
+
+  Args:
+    directory: the run's folder.
+    wall_clock: keep the fields that differ from run to run.
+  """
+  lines = _lines(pathlib.Path(directory) / "metrics.jsonl")
+  drop = () if wall_clock else WALL_CLOCK
+  return [{k: v for k, v in line.items() if k not in drop} for line in lines]
+
+
+class Progress:
+  """A bar by tqdm (terminal or notebook), or plain lines without it."""
+
+  def __init__(self, step: int, steps: int, *, show: bool):
+    self._bar = None
+    self._show = show and jax.process_index() == 0
+    self._steps = steps
+    self._start = (time.monotonic(), step)
+    if not self._show:
+      return
+    try:
+      from tqdm import auto
+    except ImportError:
+      return
+    self._bar = auto.tqdm(total=steps, initial=step, unit="step")
+
+  def update(self, step: int, metrics: list[dict]) -> None:
+    """Shows the step and the seeds' mean loss, accuracies and tokens/s."""
+    if not self._show:
+      return
+    shown = {
+      name: f"{np.mean([values[name] for values in metrics]):.4g}"
+      for name in metrics[0]
+      if name in ("loss", "tokens_per_second") or "accuracy" in name
+    }
+    if "tokens_per_second" in shown:
+      shown["tokens/s"] = shown.pop("tokens_per_second")
+    if self._bar is not None:
+      self._bar.set_postfix(shown, refresh=False)
+      self._bar.update(step - self._bar.n)
+      return
+    start, first = self._start
+    left = (time.monotonic() - start) / max(step - first, 1)
+    left *= self._steps - step
+    text = " ".join(f"{name} {value}" for name, value in shown.items())
+    print(f"step {step}/{self._steps} {text} left {left:.0f} s", flush=True)
+
+  def say(self, text: str) -> None:
+    """Prints a line without breaking the bar."""
+    if jax.process_index() != 0:
+      return
+    if self._bar is not None:
+      self._bar.write(text)
+    else:
+      print(text, flush=True)
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+def _lines(path: pathlib.Path) -> list[dict]:
+  """The file's whole lines; a kill may have left half of the last one."""
+  if not path.exists():
+    return []
+  whole, _, _ = path.read_text().rpartition("\n")
+  return [json.loads(line) for line in whole.splitlines()]
+
+
+def _event_writer(directory: pathlib.Path, step: int):
+  try:
+    import tensorboardX
+  except ImportError:
+    print("tensorboardX is not installed: no TensorBoard events are written.")
+    return None
+  # Events after `step` come from a run that was killed: hide them.
+  return tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
+
+
+def _finite(value: float) -> float | None:
+  """JSON has no NaN: a mean over nothing is null."""
+  return float(value) if np.isfinite(value) else None

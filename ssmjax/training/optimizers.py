@@ -1,0 +1,127 @@
+"""AdamW as the paper and as the field use it, and their schedules."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# The last name of a parameter that sets a time scale or a skip: the decay A in
+# all its parametrizations, D, and the bias or logarithm of the step Δ.
+_DYNAMICS = re.compile(r"A|A_\w+|\w+_A|D|dt|log_dt|dt_bias|log_step|Lambda\w*")
+
+
+def adamw(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  weight_decay: float = 0.1,
+  clip: float | None = None,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  mask: Callable[[Any], Any] | None = None,
+  decay_all: bool = False,
+) -> optax.GradientTransformation:
+  """Builds AdamW with a decay mask and, if asked, gradient clipping.
+
+      θ ← θ − lr·(m̂ / (√v̂ + eps) + weight_decay·mask·θ)
+
+  Args:
+    learning_rate: a number, or a schedule from the step's index (from 0).
+    weight_decay: decoupled decay, multiplied by the learning rate.
+    clip: largest global norm of the gradient; None does not clip.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    mask: from parameters to a tree of booleans, True where decay applies;
+      None means `decay_mask`.
+    decay_all: decay every tensor, A_log, D, norms and biases included. This is
+      what the code of the paper does.
+
+  Returns:
+    The transformation. Moments have the dtype of the parameters (float32).
+
+  >>> optimizer = adamw(1e-3, clip=1.0)
+  >>> len(optimizer.init({"kernel": jax.numpy.zeros((2, 2))}))
+  2
+  """
+  if decay_all and mask is not None:
+    raise ValueError("adamw: found both mask and decay_all, expected one.")
+  update = optax.adamw(
+    learning_rate,
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    weight_decay=weight_decay,
+    mask=None if decay_all else mask or decay_mask,
+  )
+  if clip is None:
+    return update
+  return optax.chain(optax.clip_by_global_norm(clip), update)
+
+
+def decay_mask(params: Any) -> Any:
+  """Marks the parameters that weight decay may pull to zero.
+
+  Not marked are those whose zero is not neutral: A_log, D and dt_bias (decay
+  drives all A to −1, and the states lose their diversity), biases, the scales
+  of norms, and tensors of at most one axis. Names decide before the number of
+  axes does, because stacked blocks give a bias a leading axis.
+
+  >>> decay_mask({"A_log": jnp.ones((4, 2)), "kernel": jnp.ones((4, 2))})
+  {'A_log': False, 'kernel': True}
+  """
+  return jax.tree_util.tree_map_with_path(_decays, params)
+
+
+def epoch_cosine(
+  learning_rate: float, *, epochs: int, steps_per_epoch: int
+) -> optax.Schedule:
+  """Makes a cosine to zero that takes one step per epoch.
+
+      lr_e = lr·(1 + cos(π·e / epochs)) / 2,   e = ⌊step / steps_per_epoch⌋
+
+  The rate is constant within an epoch and never zero: the last epoch has
+  e = epochs − 1. This is the paper's schedule for associative recall.
+
+  >>> float(epoch_cosine(1.0, epochs=4, steps_per_epoch=10)(20))
+  0.5
+  """
+
+  def schedule(step):
+    epoch = step // steps_per_epoch
+    return learning_rate * 0.5 * (1.0 + jnp.cos(math.pi * epoch / epochs))
+
+  return schedule
+
+
+def warmup_cosine(
+  learning_rate: float, *, steps: int, warmup: int, end: float = 0.0
+) -> optax.Schedule:
+  """Makes a linear warm-up from 0 followed by a cosine down to `end`.
+
+  Args:
+    learning_rate: the peak, reached after `warmup` steps.
+    steps: all steps, warm-up included.
+    warmup: steps of the warm-up.
+    end: the rate at the last step (the paper's language models: 1e-5).
+
+  >>> float(warmup_cosine(1.0, steps=100, warmup=10)(10))
+  1.0
+  """
+  return optax.warmup_cosine_decay_schedule(
+    0.0, learning_rate, warmup, steps, end
+  )
+
+
+def _decays(path: tuple, leaf: Any) -> bool:
+  names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+  last = names[-1] if names else ""
+  if _DYNAMICS.fullmatch(last) or "bias" in last or last == "scale":
+    return False
+  if any("norm" in name.lower() for name in names):
+    return False
+  return jnp.ndim(leaf) > 1
