@@ -1,0 +1,326 @@
+"""Causal attention, the transformer's mixer and the baseline."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ssmjax.models.layers import normal, torch_uniform
+from ssmjax.ops.segments import segment_masks
+from ssmjax.types import Array, Bool, Float, Int, check_choice, check_shapes
+
+__all__ = ["Attention", "AttentionConfig", "AttentionState", "token_positions"]
+
+# Queries attended to at once: bounds the scores in memory to B·H·256·T.
+_QUERY_BLOCK = 256
+
+
+class AttentionState(NamedTuple):
+  """Keys and values of the tokens of the present segment.
+
+  Attributes:
+    keys: `[B, S, H, K]`, S the capacity, in the compute dtype.
+    values: `[B, S, H, K]`.
+    length: tokens held, `[B]` int32.
+  """
+
+  keys: Float[Array, "B S H K"]
+  values: Float[Array, "B S H K"]
+  length: Int[Array, " B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """Sizes and choices of an `Attention` mixer.
+
+  Attributes:
+    num_heads: H; the width must be a multiple of it.
+    positions: `"rope"` rotates queries and keys (Su et al. 2021, arXiv
+      2104.09864); `"none"` leaves positions to the model (learned ones are
+      added to the embedding, see `ModelConfig.max_positions`).
+    rope_theta: base of the rotation's wavelengths.
+    max_length: tokens that a state has room for.
+    init: as in `MambaConfig`.
+    dtype: dtype of activations; parameters are float32.
+  """
+
+  num_heads: int = 1
+  positions: Literal["rope", "none"] = "rope"
+  rope_theta: float = 10_000.0
+  max_length: int = 2048
+  init: Literal["mamba", "authors"] = "mamba"
+  dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    choice = functools.partial(check_choice, "AttentionConfig")
+    choice("positions", self.positions, ("rope", "none"))
+    choice("init", self.init, ("mamba", "authors"))
+    for name in ("num_heads", "max_length"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"AttentionConfig: {name} is {getattr(self, name)}, expected 1 or"
+          " more."
+        )
+
+  def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "Attention":
+    """Make the mixer for a model of this width and depth."""
+    return Attention(d_model, self, n_layers=n_layers, rngs=rngs)
+
+
+class Attention(nnx.Module):
+  """Causal multi-head softmax attention with a key-value state.
+
+  yₜ = W_out Σ_{s ≤ t} softmax_s(qₜ · k_s / √K) v_s
+
+  A token attends to its own segment only. Source: Vaswani et al. 2017 (arXiv
+  1706.03762).
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    config: AttentionConfig | None = None,
+    *,
+    n_layers: int = 1,
+    rngs: nnx.Rngs,
+  ):
+    config = config or AttentionConfig()
+    if d_model % config.num_heads:
+      raise ValueError(
+        f"Attention: d_model is {d_model}, expected a multiple of"
+        f" num_heads={config.num_heads}."
+      )
+    if config.positions == "rope" and d_model // config.num_heads % 2:
+      raise ValueError(
+        f"Attention: heads have {d_model // config.num_heads} channels,"
+        " expected an even number to rotate. Use positions='none' or other"
+        " sizes."
+      )
+    self.config = config
+    self.d_model = d_model
+    keys = jax.random.split(rngs.params(), 2)
+    own = config.init == "mamba"
+    draw = (
+      functools.partial(torch_uniform, fan_in=d_model) if own else normal
+    )
+    self.in_proj = nnx.Param(draw(keys[0], (d_model, 3 * d_model)))
+    self.out_proj = nnx.Param(
+      draw(keys[1], (d_model, d_model)) / math.sqrt(2 * n_layers)
+    )
+
+  def __call__(
+    self,
+    x: Float[Array, "B T M"],
+    state: AttentionState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> tuple[Float[Array, "B T M"], AttentionState]:
+    """Mix over time.
+
+    Args:
+      x: `[B, T, M]`.
+      state: to go on from; None for the beginning.
+      segment_ids: `[B, T]`, 1-based, 0 for padding.
+
+    Returns:
+      y `[B, T, M]` of x's dtype (0 at padding) and the state after it. Where
+      a state has no room for a token, y is NaN from there on: nothing is
+      forgotten silently.
+
+    Raises:
+      ValueError: x of another width, or longer than `max_length`.
+    """
+    check_shapes(
+      "Attention", {"x": (x, f"B T M={self.d_model}"),
+                    "segment_ids": (segment_ids, "B T")}
+    )  # fmt: skip
+    batch, length, _ = x.shape
+    if state is None:
+      state = self.init_state(batch, max(length, self.config.max_length))
+      fresh = True
+    else:
+      fresh = False
+    if length > state.keys.shape[1]:
+      raise ValueError(
+        f"Attention: x has {length} tokens, expected at most the state's"
+        f" capacity of {state.keys.shape[1]}. Use init_state(batch_size,"
+        " max_length)."
+      )
+    if segment_ids is None:
+      segment_ids = jnp.ones((batch, length), jnp.int32)
+    valid = segment_ids > 0
+    x_dtype = x.dtype
+    x = jnp.where(valid[..., None], x, jnp.zeros_like(x))
+    segment, position = token_positions(segment_ids, state.length)
+    q, k, v = self._project(x, position)
+    # A token of the first segment goes on from the state.
+    old = None if fresh else (state.keys, state.values, state.length)
+    y = _attend(q, k, v, segment, valid, old)
+    capacity = state.keys.shape[1]
+    full = (segment == 0) & (position >= capacity) & valid
+    state = _append(state, k, v, segment, position, valid)
+    y = y.reshape(batch, length, self.d_model)
+    y = (y @ self.out_proj[...].astype(y.dtype)).astype(x_dtype)
+    y = jnp.where(full[..., None], jnp.asarray(jnp.nan, y.dtype), y)
+    return jnp.where(valid[..., None], y, jnp.zeros_like(y)), state
+
+  def step(
+    self,
+    x: Float[Array, "B M"],
+    state: AttentionState,
+    segment_ids: Int[Array, " B"] | None = None,
+  ) -> tuple[Float[Array, "B M"], AttentionState]:
+    """Mix one token: y `[B, M]` and the new state."""
+    check_shapes(
+      "Attention.step", {"x": (x, f"B M={self.d_model}"),
+                         "segment_ids": (segment_ids, "B")}
+    )  # fmt: skip
+    if segment_ids is not None:
+      segment_ids = segment_ids[:, None]
+    y, state = self(x[:, None], state, segment_ids)
+    return y[:, 0], state
+
+  def init_state(
+    self, batch_size: int, max_length: int | None = None
+  ) -> AttentionState:
+    """An empty state with room for `max_length` tokens."""
+    heads = self.config.num_heads
+    shape = (
+      batch_size,
+      max_length or self.config.max_length,
+      heads,
+      self.d_model // heads,
+    )
+    zeros = jnp.zeros(shape, self.config.dtype)
+    return AttentionState(zeros, zeros, jnp.zeros((batch_size,), jnp.int32))
+
+  def recurrence(self, x: Float[Array, "B T M"]):
+    """Raise: attention has no diagonal recurrence."""
+    raise NotImplementedError(
+      "Attention: softmax attention keeps every key and value, so it has no"
+      " state of fixed size and no diagonal Eq. 1."
+    )
+
+  def _project(self, x, position):
+    x = x.astype(self.config.dtype)
+    heads = self.config.num_heads
+    qkv = x @ self.in_proj[...].astype(x.dtype)
+    qkv = qkv.reshape(*x.shape[:2], 3, heads, self.d_model // heads)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    if self.config.positions == "rope":
+      rotate = functools.partial(
+        _rotate, position=position, theta=self.config.rope_theta
+      )
+      q, k = rotate(q), rotate(k)
+    return q, k, v
+
+
+def token_positions(
+  segment_ids: Int[Array, "B T"], length: Int[Array, " B"]
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+  """Number segments from 0 and the tokens within each.
+
+  Args:
+    segment_ids: `[B, T]`, 1-based, 0 for padding.
+    length: tokens of segment 0 that earlier calls have seen, `[B]`.
+
+  Returns:
+    segment and position, both `[B, T]` int32; padding does not count.
+  """
+  valid, restart = segment_masks(segment_ids)
+  segment = jnp.cumsum(restart.astype(jnp.int32), 1)
+  rank = jnp.cumsum(valid.astype(jnp.int32), 1) - 1
+  start = jax.lax.cummax(jnp.where(restart, rank, 0), axis=1)
+  position = rank - start + jnp.where(segment == 0, length[:, None], 0)
+  return segment, position
+
+
+def _attend(q, k, v, segment, valid, old):
+  """Softmax over the state's keys and the call's own, queries in blocks."""
+  batch, length, heads, width = q.shape
+  time = jnp.arange(length, dtype=jnp.int32)
+  key_side = (k, v, segment, valid, time)
+
+  def block(q, segment, time):
+    return _attend_block(q, segment, time, key_side, old)
+
+  if length <= _QUERY_BLOCK:
+    return block(q, segment, time)
+  count = -(-length // _QUERY_BLOCK)
+  padding = count * _QUERY_BLOCK - length
+  split = lambda x: jnp.moveaxis(
+    jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)).reshape(
+      batch, count, _QUERY_BLOCK, *x.shape[2:]
+    ),
+    1,
+    0,
+  )
+  times = jnp.pad(time, (0, padding), mode="edge").reshape(count, -1)
+  y = jax.lax.map(
+    jax.checkpoint(lambda xs: block(*xs)), (split(q), split(segment), times)
+  )
+  y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, heads, width)
+  return y[:, :length]
+
+
+def _attend_block(q, segment, time, key_side, old):
+  k, v, key_segment, key_valid, key_time = key_side
+  mask = (segment[:, :, None] == key_segment[:, None]) & key_valid[:, None]
+  mask &= time[None, :, None] >= key_time[None, None]
+  scores = _scores(q, k, mask)
+  if old is None:
+    weights = jax.nn.softmax(scores, -1)
+    return _mix(weights, v)
+  old_keys, old_values, old_length = old
+  slot = jnp.arange(old_keys.shape[1], dtype=jnp.int32)
+  held = slot[None, None] < old_length[:, None, None]
+  old_mask = (segment == 0)[:, :, None] & held
+  scores = jnp.concatenate([_scores(q, old_keys, old_mask), scores], -1)
+  weights = jax.nn.softmax(scores, -1)
+  split = old_keys.shape[1]
+  return _mix(weights[..., :split], old_values) + _mix(weights[..., split:], v)
+
+
+def _scores(q, k, mask: Bool[Array, "B Q S"]):
+  scores = jnp.einsum(
+    "bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32
+  )
+  scores = scores / math.sqrt(q.shape[-1])
+  # Finite, so that a padding query with no key at all is not a NaN.
+  return jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _mix(weights, v):
+  return jnp.einsum(
+    "bhqs,bshk->bqhk", weights.astype(v.dtype), v,
+    preferred_element_type=jnp.float32,
+  ).astype(v.dtype)  # fmt: skip
+
+
+def _append(state, k, v, segment, position, valid):
+  """Keep the tokens of the last segment, at their positions."""
+  last = segment[:, -1:]
+  restarted = last[:, 0] > 0
+  kept = valid & (segment == last)
+  slot = jnp.where(kept, position, state.keys.shape[1])
+  rows = jnp.arange(k.shape[0])[:, None]
+  write = lambda old, new: old.at[rows, slot].set(
+    new.astype(old.dtype), mode="drop"
+  )
+  length = jnp.where(restarted, 0, state.length) + kept.sum(1, dtype=jnp.int32)
+  return AttentionState(write(state.keys, k), write(state.values, v), length)
+
+
+def _rotate(x, position, theta):
+  """Rotary positions, halves paired as in GPT-NeoX; in float32."""
+  half = x.shape[-1] // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = position.astype(jnp.float32)[..., None, None] * frequency
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  left, right = jnp.split(x.astype(jnp.float32), 2, -1)
+  return jnp.concatenate(
+    [left * cos - right * sin, right * cos + left * sin], -1
+  ).astype(x.dtype)

@@ -1,0 +1,299 @@
+"""The language model around any mixer: embed, blocks, norm, logits."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ssmjax.models.attention import token_positions
+from ssmjax.models.layers import LayerNorm, RMSNorm, normal, torch_uniform
+from ssmjax.models.mamba import MambaConfig
+from ssmjax.types import Array, Float, Int, check_choice, check_shapes
+
+__all__ = ["Block", "LanguageModel", "ModelConfig", "ModelState"]
+
+
+class MixerConfig(Protocol):
+  """The configuration of a mixer, which builds it."""
+
+  def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> Any:
+    """Make the mixer for a model of this width and depth."""
+
+
+class ModelState(NamedTuple):
+  """What a model carries from token to token.
+
+  Attributes:
+    layers: one mixer state per position of the layer pattern, each stacked
+      over the repeats of the pattern on a leading axis.
+    length: tokens of the present segment so far, `[B]` int32.
+  """
+
+  layers: tuple[Any, ...]
+  length: Int[Array, " B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes and choices of a `LanguageModel`.
+
+  Attributes:
+    vocab_size: V.
+    d_model: width.
+    n_layers: blocks, a multiple of the pattern's length.
+    mixers: the pattern of mixers, repeated; one entry for a uniform model.
+    mlp_ratio: hidden width of each block's MLP over d_model; 0 for no MLP.
+    max_positions: size of a table of learned positions added to the
+      embedding; None for none.
+    norm_epsilon: of every norm.
+    final_norm: `"rms"`, or `"layer"` (what the recall experiments of Wang et
+      al. 2025 have).
+    init: as in `MambaConfig`, for what is not inside a mixer.
+    remat: recompute each block in the backward pass; keeps one activation a
+      block in memory.
+    dtype: dtype of activations outside the mixers; the residual is float32.
+  """
+
+  vocab_size: int
+  d_model: int
+  n_layers: int
+  mixers: tuple[MixerConfig, ...] = (MambaConfig(),)
+  mlp_ratio: int = 0
+  max_positions: int | None = None
+  norm_epsilon: float = 1e-5
+  final_norm: Literal["rms", "layer"] = "rms"
+  init: Literal["mamba", "authors"] = "mamba"
+  remat: bool = True
+  dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    check_choice("ModelConfig", "final_norm", self.final_norm, ("rms", "layer"))
+    check_choice("ModelConfig", "init", self.init, ("mamba", "authors"))
+    for name in ("vocab_size", "d_model", "n_layers"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"ModelConfig: {name} is {getattr(self, name)}, expected 1 or more."
+        )
+    if not self.mixers or self.n_layers % len(self.mixers):
+      raise ValueError(
+        f"ModelConfig: n_layers is {self.n_layers}, expected a multiple of"
+        f" the pattern of {len(self.mixers)} mixers. Change n_layers, or"
+        " write the whole pattern out in mixers."
+      )
+
+
+class Block(nnx.Module):
+  """x + mixer(norm(x)), and x + mlp(norm(x)) where there is an MLP."""
+
+  def __init__(self, mixer: MixerConfig, config: ModelConfig, rngs: nnx.Rngs):
+    self.norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
+    self.mixer = mixer.build(config.d_model, config.n_layers, rngs)
+    self.mlp = MLP(config, rngs) if config.mlp_ratio else None
+
+  def __call__(self, x, state=None, segment_ids=None):
+    """Apply to a sequence: x `[B, T, M]` float32 and the mixer's state."""
+    y, state = self.mixer(self.norm(x), state, segment_ids)
+    return self._rest(x + y.astype(x.dtype)), state
+
+  def step(self, x, state, segment_ids=None):
+    """Apply to one token, x `[B, M]`."""
+    y, state = self.mixer.step(self.norm(x), state, segment_ids)
+    return self._rest(x + y.astype(x.dtype)), state
+
+  def _rest(self, x):
+    return x if self.mlp is None else x + self.mlp(x).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+  """W₂ gelu(W₁ norm(x))."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    keys = jax.random.split(rngs.params(), 2)
+    size, hidden = config.d_model, config.mlp_ratio * config.d_model
+    own = config.init == "mamba"
+    draw = lambda key, n_in, n_out: (
+      torch_uniform(key, (n_in, n_out), n_in)
+      if own
+      else normal(key, (n_in, n_out))
+    )
+    self.norm = RMSNorm(size, epsilon=config.norm_epsilon)
+    self.up_proj = nnx.Param(draw(keys[0], size, hidden))
+    down_proj = draw(keys[1], hidden, size) / (2 * config.n_layers) ** 0.5
+    self.down_proj = nnx.Param(down_proj)
+    self.dtype = config.dtype
+
+  def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
+    """Apply to each token alone."""
+    x = self.norm(x).astype(self.dtype)
+    x = jax.nn.gelu(x @ self.up_proj[...].astype(x.dtype))
+    return x @ self.down_proj[...].astype(x.dtype)
+
+
+class LanguageModel(nnx.Module):
+  """A causal language model with tied embedding.
+
+  x = E[tokens];  x = x + mixer(norm(x)) for each block;  logits = norm(x) Eᵀ
+
+  Blocks of one position of the layer pattern are stacked on a leading axis
+  and run by `jax.lax.scan`, so that compile time does not grow with depth.
+  The model is a pytree and nothing mutates in a call: `jax.jit`, `jax.grad`,
+  `jax.vmap` and `jax.shard_map` take it as it is.
+
+  >>> config = ModelConfig(vocab_size=16, d_model=8, n_layers=2)
+  >>> model = LanguageModel(config, rngs=nnx.Rngs(0))
+  >>> logits, state = model(jnp.zeros((1, 5), jnp.int32))
+  >>> logits, state = model.step(jnp.zeros((1,), jnp.int32), state)
+  >>> logits.shape
+  (1, 16)
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    key = rngs.params()
+    self.embedding = nnx.Param(
+      normal(key, (config.vocab_size, config.d_model))
+    )
+    shape = (config.max_positions, config.d_model)
+    self.positions = (
+      None
+      if config.max_positions is None
+      else nnx.Param(normal(rngs.params(), shape))
+    )
+    repeats = config.n_layers // len(config.mixers)
+
+    def stack(mixer):
+      keys = jax.random.split(rngs.params(), repeats)
+      return jax.vmap(lambda key: Block(mixer, config, nnx.Rngs(key)))(keys)
+
+    self.blocks = nnx.List([stack(mixer) for mixer in config.mixers])
+    norm = {"rms": RMSNorm, "layer": LayerNorm}[config.final_norm]
+    self.norm = norm(config.d_model, epsilon=config.norm_epsilon)
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    state: ModelState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> tuple[Float[Array, "B T V"], ModelState]:
+    """Run over a sequence, or over its next piece of any length.
+
+    Args:
+      tokens: `[B, T]` int; an id outside the vocabulary gives NaN.
+      state: to go on from, as returned by a call, a step or `init_state`;
+        None for the beginning.
+      segment_ids: `[B, T]` int, 1-based, 0 for padding (left, right or
+        between): documents of one row do not see each other.
+
+    Returns:
+      logits `[B, T, V]` float32 and the state after the last token.
+    """
+    features, state = self.features(tokens, state, segment_ids)
+    return self.logits(features), state
+
+  def step(
+    self,
+    tokens: Int[Array, " B"],
+    state: ModelState,
+    segment_ids: Int[Array, " B"] | None = None,
+  ) -> tuple[Float[Array, "B V"], ModelState]:
+    """Run over one token: logits `[B, V]` and the new state."""
+    check_shapes(
+      "LanguageModel.step",
+      {"tokens": (tokens, "B"), "segment_ids": (segment_ids, "B")},
+    )
+    ids = None if segment_ids is None else segment_ids[:, None]
+    x, _, length = self._embed(tokens[:, None], state.length, ids)
+
+    def body(x, xs):
+      blocks, states = xs
+      new = []
+      for block, layer_state in zip(blocks, states, strict=True):
+        x, layer_state = block.step(x, layer_state, segment_ids)
+        new.append(layer_state)
+      return x, tuple(new)
+
+    x, layers = jax.lax.scan(
+      body, x[:, 0], (tuple(self.blocks), state.layers)
+    )
+    return self.logits(self.norm(x)), ModelState(layers, length)
+
+  def features(
+    self,
+    tokens: Int[Array, "B T"],
+    state: ModelState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> tuple[Float[Array, "B T M"], ModelState]:
+    """As a call, without the projection to logits: `[B, T, M]`."""
+    check_shapes(
+      "LanguageModel",
+      {"tokens": (tokens, "B T"), "segment_ids": (segment_ids, "B T")},
+    )
+    batch = tokens.shape[0]
+    zero = jnp.zeros((batch,), jnp.int32)
+    x, _, length = self._embed(
+      tokens, zero if state is None else state.length, segment_ids
+    )
+
+    def body(x, xs):
+      blocks, states = xs
+      new = []
+      for block, layer_state in zip(blocks, states, strict=True):
+        x, layer_state = block(x, layer_state, segment_ids)
+        new.append(layer_state)
+      return x, tuple(new)
+
+    if self.config.remat:
+      body = jax.checkpoint(body)
+    layers = (None,) * len(self.blocks) if state is None else state.layers
+    x, layers = jax.lax.scan(body, x, (tuple(self.blocks), layers))
+    return self.norm(x), ModelState(layers, length)
+
+  def logits(
+    self, features: Float[Array, "... M"]
+  ) -> Float[Array, "... V"]:
+    """Project features to logits over the vocabulary, float32."""
+    features = features.astype(self.config.dtype)
+    return jnp.einsum(
+      "...m,vm->...v", features, self.embedding[...].astype(features.dtype),
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+  def init_state(
+    self, batch_size: int, max_length: int | None = None
+  ) -> ModelState:
+    """The state before any token.
+
+    Args:
+      batch_size: B.
+      max_length: tokens that attention layers must have room for; recurrent
+        layers do not care.
+    """
+    repeats = self.config.n_layers // len(self.blocks)
+    stack = lambda x: jnp.broadcast_to(x[None], (repeats, *x.shape))
+
+    def one(blocks):
+      mixer = jax.tree.map(lambda leaf: leaf[0], blocks).mixer
+      return jax.tree.map(stack, mixer.init_state(batch_size, max_length))
+
+    return ModelState(
+      tuple(map(one, self.blocks)), jnp.zeros((batch_size,), jnp.int32)
+    )
+
+  def _embed(self, tokens, length, segment_ids):
+    """The residual's start, the tokens' positions and the new length."""
+    ids = segment_ids
+    if ids is None:
+      ids = jnp.ones(tokens.shape, jnp.int32)
+    segment, position = token_positions(ids, length)
+    # Out of range is NaN, not a neighbour's embedding.
+    x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill")
+    if self.positions is not None:
+      x = x + jnp.take(self.positions[...], position, axis=0, mode="fill")
+    valid = ids > 0
+    x = jnp.where(valid[..., None], x, jnp.zeros_like(x))
+    inside = valid & (segment == segment[:, -1:])
+    restarted = segment[:, -1] > 0
+    length = jnp.where(restarted, 0, length) + inside.sum(1, dtype=jnp.int32)
+    return x, position, length

@@ -1,0 +1,289 @@
+"""Mamba: a selective scan behind a short convolution and a gate."""
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ssmjax import ops
+from ssmjax.models.layers import normal, torch_uniform
+from ssmjax.polarization import selective_decay
+from ssmjax.types import (
+  Array,
+  Float,
+  Int,
+  Polarization,
+  Recurrence,
+  check_choice,
+  check_shapes,
+)
+
+__all__ = ["Mamba", "MambaConfig", "MambaState"]
+
+
+class MambaState(NamedTuple):
+  """What a Mamba mixer carries from token to token.
+
+  Attributes:
+    conv: the last W-1 inputs of the convolution, `[B, W-1, D]`, float32.
+    ssm: the state of the scan, `[B, D, N]`, float32.
+  """
+
+  conv: Float[Array, "B V D"]
+  ssm: Float[Array, "B D N"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+  """Sizes and choices of a `Mamba` mixer.
+
+  Attributes:
+    d_state: N, learned states per channel (with `placement="replace"`, all
+      states).
+    d_conv: W, width of the short convolution.
+    expand: D / d_model.
+    dt_rank: rank of the map to Δ; None for ⌈d_model / 16⌉.
+    dt_min: smallest Δ at initialisation.
+    dt_max: largest Δ at initialisation; Δ is log-uniform between them.
+    polarization: channels of decay exactly 1 and 0; None for none.
+    init: `"mamba"` is Mamba's own initialisation; `"authors"` is what the
+      released code of Wang et al. 2025 does: every linear weight N(0, 0.02²)
+      and every linear bias zero, dt_proj's too, so that Δ ≈ softplus(0) =
+      0.69 in place of [dt_min, dt_max].
+    dtype: dtype of activations; parameters and states are float32.
+    implementation: of the selective scan; None chooses.
+  """
+
+  d_state: int = 16
+  d_conv: int = 4
+  expand: int = 2
+  dt_rank: int | None = None
+  dt_min: float = 1e-3
+  dt_max: float = 1e-1
+  polarization: Polarization | None = None
+  init: Literal["mamba", "authors"] = "mamba"
+  dtype: Any = jnp.float32
+  implementation: (
+    Literal["reference", "associative", "chunked", "pallas"] | None
+  ) = None
+
+  def __post_init__(self):
+    for name in ("d_state", "d_conv", "expand"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"MambaConfig: {name} is {getattr(self, name)}, expected 1 or more."
+        )
+    if not 0 < self.dt_min <= self.dt_max:
+      raise ValueError(
+        f"MambaConfig: dt_min is {self.dt_min} and dt_max {self.dt_max},"
+        " expected 0 < dt_min <= dt_max."
+      )
+    check_choice("MambaConfig", "init", self.init, ("mamba", "authors"))
+
+  def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "Mamba":
+    """Make the mixer for a model of this width and depth."""
+    return Mamba(d_model, self, n_layers=n_layers, rngs=rngs)
+
+
+class Mamba(nnx.Module):
+  """The Mamba mixer.
+
+  x, z = split(W_in input);  u = silu(conv(x));  δ, B, C = split(W_x u)
+  Δ = softplus(W_Δ δ + b_Δ);  h_t = exp(ΔA) h_{t-1} + Δ B u
+  y = W_out ((C·h + D u) · silu(z))
+
+  Polarization holds the decay of some channels at 1 (they sum Δ B u for
+  ever) and of others at 0 (they gate the present token).
+
+  Source: Gu & Dao 2023 (arXiv 2312.00752); Wang et al. 2025, §4.3.
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    config: MambaConfig | None = None,
+    *,
+    n_layers: int = 1,
+    rngs: nnx.Rngs,
+  ):
+    """Draw the parameters.
+
+    Args:
+      d_model: width of input and output.
+      config: sizes and choices.
+      n_layers: depth of the model around it, which scales `out_proj`.
+      rngs: source of the `params` key; not kept.
+    """
+    config = config or MambaConfig()
+    self.config = config
+    self.d_model = d_model
+    inner = config.expand * d_model
+    rank = config.dt_rank or math.ceil(d_model / 16)
+    polarization = config.polarization or Polarization()
+    states = polarization.total(config.d_state)
+    keys = jax.random.split(rngs.params(), 8)
+    own = config.init == "mamba"
+
+    def linear(key, n_in, n_out):
+      if own:
+        return torch_uniform(key, (n_in, n_out), n_in)
+      return normal(key, (n_in, n_out))
+
+    self.in_proj = nnx.Param(linear(keys[0], d_model, 2 * inner))
+    self.conv_weight = nnx.Param(
+      torch_uniform(keys[1], (config.d_conv, inner), config.d_conv)
+    )
+    self.conv_bias = nnx.Param(torch_uniform(keys[2], (inner,), config.d_conv))
+    self.x_proj = nnx.Param(linear(keys[3], inner, rank + 2 * states))
+    self.dt_proj = nnx.Param(linear(keys[4], rank, inner))
+    self.dt_bias = nnx.Param(
+      _dt_bias(keys[5], inner, config)
+      if own
+      else jnp.zeros((inner,), jnp.float32)
+    )
+    # S4D-real: A_dn = -n (Gu et al. 2022, arXiv 2206.11893).
+    levels = jnp.arange(1, config.d_state + 1, dtype=jnp.float32)
+    self.A_log = nnx.Param(
+      jnp.broadcast_to(jnp.log(levels)[None], (inner, config.d_state)) + 0.0
+    )
+    self.D = nnx.Param(jnp.ones((inner,), jnp.float32))
+    out_proj = linear(keys[6], inner, d_model)
+    # One residual branch a layer (authors: two, as in GPT-2).
+    out_proj = out_proj / math.sqrt(n_layers if own else 2 * n_layers)
+    self.out_proj = nnx.Param(out_proj)
+
+  def __call__(
+    self,
+    x: Float[Array, "B T M"],
+    state: MambaState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> tuple[Float[Array, "B T M"], MambaState]:
+    """Mix over time.
+
+    Args:
+      x: `[B, T, M]`.
+      state: to go on from; None for the beginning.
+      segment_ids: `[B, T]`, 1-based, 0 for padding.
+
+    Returns:
+      y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
+    """
+    check_shapes(
+      "Mamba", {"x": (x, f"B T M={self.d_model}"),
+                "segment_ids": (segment_ids, "B T")}
+    )  # fmt: skip
+    y, z, conv_state, ssm_state, _ = self._mix(x, state, segment_ids)
+    del z
+    y = (y @ self.out_proj[...].astype(y.dtype)).astype(x.dtype)
+    return y, MambaState(conv_state, ssm_state)
+
+  def step(
+    self,
+    x: Float[Array, "B M"],
+    state: MambaState,
+    segment_ids: Int[Array, " B"] | None = None,
+  ) -> tuple[Float[Array, "B M"], MambaState]:
+    """Mix one token, in O(1): y `[B, M]` and the new state."""
+    check_shapes(
+      "Mamba.step", {"x": (x, f"B M={self.d_model}"),
+                     "segment_ids": (segment_ids, "B")}
+    )  # fmt: skip
+    x_dtype = x.dtype
+    if segment_ids is not None:
+      x = jnp.where(segment_ids[:, None] > 0, x, jnp.zeros_like(x))
+    u, z = self._split_input(x)
+    u, conv_state = ops.causal_conv_step(
+      u, self.conv_weight[...], self.conv_bias[...], state=state.conv,
+      segment_ids=segment_ids,
+    )  # fmt: skip
+    u = jax.nn.silu(u)
+    delta, B, C = self._select(u)
+    y, ssm_state = ops.selective_step(
+      u, delta, self._A(), B, C, self.D[...], state=state.ssm, z=z,
+      delta_bias=self.dt_bias[...], delta_softplus=True,
+      polarization=self.config.polarization, segment_ids=segment_ids,
+    )  # fmt: skip
+    y = (y @ self.out_proj[...].astype(y.dtype)).astype(x_dtype)
+    return y, MambaState(conv_state, ssm_state)
+
+  def init_state(
+    self, batch_size: int, max_length: int | None = None
+  ) -> MambaState:
+    """The state before any token; its size does not depend on a length."""
+    del max_length
+    inner = self.config.expand * self.d_model
+    polarization = self.config.polarization or Polarization()
+    states = polarization.total(self.config.d_state)
+    return MambaState(
+      jnp.zeros((batch_size, self.config.d_conv - 1, inner), jnp.float32),
+      jnp.zeros((batch_size, inner, states), jnp.float32),
+    )
+
+  def recurrence(self, x: Float[Array, "B T M"]) -> Recurrence:
+    """Show the layer's own Eq. 1 on `x`: S = (D, N), one Δ per channel.
+
+    a = exp(ΔA) (polarized), dt = Δ, b = B u; the readout is
+    W_out ((C·h + D u) · silu(z)).
+    """
+    _, z, _, _, (u, delta, B, C) = self._mix(x, None, None)
+    dt = jax.nn.softplus(delta.astype(jnp.float32) + self.dt_bias[...])
+    a = selective_decay(dt, self._A(), self.config.polarization)
+    b = u[..., None].astype(jnp.float32) * B[:, :, None].astype(jnp.float32)
+
+    def readout(h, t):
+      at = lambda v: jax.lax.dynamic_index_in_dim(v, t, 1, keepdims=False)
+      y = (at(C).astype(jnp.float32)[:, None] * h).sum(-1)
+      y = y + self.D[...] * at(u).astype(jnp.float32)
+      y = y * jax.nn.silu(at(z).astype(jnp.float32))
+      y = y.astype(self.config.dtype)
+      return (y @ self.out_proj[...].astype(y.dtype)).astype(x.dtype)
+
+    initial_state = jnp.zeros((a.shape[0], *a.shape[2:]), jnp.float32)
+    return Recurrence(a, dt[..., None], b, initial_state, readout)
+
+  def _mix(self, x, state, segment_ids):
+    """Everything before out_proj, and what Eq. 1 needs."""
+    if segment_ids is not None:
+      # Not only the outputs: a weight's gradient would meet NaN · 0.
+      x = jnp.where(segment_ids[..., None] > 0, x, jnp.zeros_like(x))
+    u, z = self._split_input(x)
+    u, conv_state = ops.causal_conv(
+      u, self.conv_weight[...], self.conv_bias[...],
+      initial_state=None if state is None else state.conv,
+      segment_ids=segment_ids,
+    )  # fmt: skip
+    u = jax.nn.silu(u)
+    delta, B, C = self._select(u)
+    y, ssm_state = ops.selective_scan(
+      u, delta, self._A(), B, C, self.D[...], z=z,
+      delta_bias=self.dt_bias[...], delta_softplus=True,
+      polarization=self.config.polarization,
+      initial_state=None if state is None else state.ssm,
+      segment_ids=segment_ids, implementation=self.config.implementation,
+    )  # fmt: skip
+    return y, z, conv_state, ssm_state, (u, delta, B, C)
+
+  def _split_input(self, x):
+    x = x.astype(self.config.dtype)
+    u, z = jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, -1)
+    return u, z
+
+  def _select(self, u):
+    """The input-dependent Δ (before bias and softplus), B and C."""
+    rank = self.dt_proj.shape[0]
+    x = u @ self.x_proj[...].astype(u.dtype)
+    delta, B, C = jnp.split(x, [rank, (rank + x.shape[-1]) // 2], -1)
+    return delta @ self.dt_proj[...].astype(u.dtype), B, C
+
+  def _A(self):
+    return -jnp.exp(self.A_log[...])
+
+
+def _dt_bias(key, size, config):
+  """The bias whose softplus is log-uniform in [dt_min, dt_max]."""
+  low, high = math.log(config.dt_min), math.log(config.dt_max)
+  dt = jnp.exp(jax.random.uniform(key, (size,), jnp.float32, low, high))
+  return dt + jnp.log(-jnp.expm1(-dt))

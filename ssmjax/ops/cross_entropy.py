@@ -1,0 +1,149 @@
+"""Cross-entropy straight from features, without the logits in memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ssmjax.ops.varying import match_varying
+from ssmjax.types import Array, Float, Int, check_inexact, check_shapes
+
+__all__ = ["linear_cross_entropy"]
+
+# Logits at once: 4 M floats, 16 MB.
+_BLOCK_LOGITS = 1 << 22
+
+
+def linear_cross_entropy(
+  features: Float[Array, "P M"],
+  weight: Float[Array, "V M"],
+  targets: Int[Array, " P"],
+  weights: Float[Array, " P"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """Sum the cross-entropy of linear logits over positions.
+
+  loss = Σₚ wₚ (log Σᵥ exp(fₚ·eᵥ) - fₚ·e_target),  in float32
+
+  The logits of a block of positions at a time are formed, and in the same
+  pass their gradient, so that P·V logits are never in memory and nothing is
+  computed twice. Gather labelled positions before calling.
+
+  Args:
+    features: fₚ, `[P, M]`.
+    weight: eᵥ, the (tied) embedding, `[V, M]`.
+    targets: `[P]` int; out of range gives NaN where its weight is not 0.
+    weights: `[P]`, 0 for positions that do not count; ones if None. They
+      carry no gradient.
+
+  Returns:
+    The sum of the losses, and the sum of the weights of the positions whose
+    largest logit is the target's; both scalars, float32.
+
+  >>> loss, correct = linear_cross_entropy(
+  ...   jnp.eye(2), jnp.eye(2), jnp.array([0, 0]))
+  >>> float(correct)
+  1.0
+  """
+  function = "linear_cross_entropy"
+  check_inexact(function, features=features, weight=weight, weights=weights)
+  check_shapes(
+    function,
+    {
+      "features": (features, "P M"),
+      "weight": (weight, "V M"),
+      "targets": (targets, "P"),
+      "weights": (weights, "P"),
+    },
+  )
+  if weights is None:
+    weights = jnp.ones(targets.shape, jnp.float32)
+  return _loss(
+    *match_varying(
+      features, weight, targets.astype(jnp.int32), weights.astype(jnp.float32)
+    )
+  )
+
+
+@jax.custom_vjp
+def _loss(features, weight, targets, weights):
+  return _blocks(features, weight, targets, weights, False)[:2]
+
+
+def _forward(features, weight, targets, weights):
+  loss, correct, *gradients = _blocks(features, weight, targets, weights, True)
+  return (loss, correct), tuple(gradients)
+
+
+def _backward(gradients, cotangents):
+  d_features, d_weight = gradients
+  scale = lambda g: (g * cotangents[0].astype(g.dtype)).astype(g.dtype)
+  return scale(d_features), scale(d_weight), None, None
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _blocks(features, weight, targets, weights, differentiate):
+  """(loss, correct) and, on request, (d_features, d_weight)."""
+  positions = features.shape[0]
+  size = max(1, min(positions, _BLOCK_LOGITS // weight.shape[0]))
+  count = -(-positions // size)
+  block = functools.partial(_block, weight, differentiate)
+  if count == 1:
+    return block(features, targets, weights)
+  padding = count * size - positions
+  split = lambda x: jnp.pad(
+    x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)
+  ).reshape(count, size, *x.shape[1:])
+
+  def step(totals, xs):
+    loss, correct, *gradients = block(*xs)
+    sums = (loss, correct, *gradients[1:])
+    totals = jax.tree.map(jnp.add, totals, sums)
+    return totals, gradients[:1]
+
+  xs = (split(features), split(targets), split(weights))
+  zero = jnp.zeros((), jnp.float32)
+  totals = (zero, zero)
+  if differentiate:
+    totals += (jnp.zeros_like(weight),)
+  totals = match_varying(*totals, xs[2])[: len(totals)]
+  (loss, correct, *d_weight), d_features = lax.scan(step, totals, xs)
+  if not differentiate:
+    return loss, correct
+  d_features = d_features[0].reshape(-1, features.shape[1])[:positions]
+  return loss, correct, d_features, d_weight[0]
+
+
+def _block(weight, differentiate, features, targets, weights):
+  logits = jnp.einsum(
+    "pm,vm->pv", features, weight.astype(features.dtype),
+    preferred_element_type=jnp.float32,
+  )  # fmt: skip
+  largest = lax.stop_gradient(logits.max(-1, keepdims=True))
+  exponentials = jnp.exp(logits - largest)
+  total = exponentials.sum(-1, keepdims=True)
+  vocabulary = jnp.arange(weight.shape[0], dtype=jnp.int32)
+  hit = targets[:, None] == vocabulary[None]
+  target_logit = jnp.where(hit, logits, jnp.zeros_like(logits)).sum(-1)
+  known = (targets >= 0) & (targets < weight.shape[0])
+  target_logit = jnp.where(known, target_logit, jnp.nan)
+  nll = (jnp.log(total) + largest)[:, 0] - target_logit
+  counts = weights != 0
+  loss = jnp.where(counts, weights * nll, jnp.zeros_like(nll)).sum()
+  # Ties go to the first, as argmax has it.
+  correct = (weights * (jnp.argmax(logits, -1) == targets)).sum()
+  if not differentiate:
+    return loss, correct
+  d_logits = exponentials / total - hit.astype(jnp.float32)
+  scale = jnp.where(counts & ~known, jnp.nan, weights)
+  d_logits = (d_logits * scale[:, None]).astype(features.dtype)
+  d_features = jnp.einsum(
+    "pv,vm->pm", d_logits, weight.astype(features.dtype),
+    preferred_element_type=jnp.float32,
+  ).astype(features.dtype)  # fmt: skip
+  d_weight = jnp.einsum(
+    "pv,pm->vm", d_logits, features, preferred_element_type=jnp.float32
+  ).astype(weight.dtype)
+  return loss, correct, d_features, d_weight
