@@ -21,7 +21,8 @@ PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist loadfile
 AOT = test ! -e $(VENV)/installed-tpu-aot || export \
   TPU_LIBRARY_PATH="$$PWD/$(VENV)/tpu-aot/libtpu/libtpu.so" \
   ALLOW_MULTIPLE_LIBTPU_LOAD=1 TPU_WORKER_HOSTNAMES=localhost \
-  TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_LOG_DIR=disabled
+  TPU_ACCELERATOR_TYPE=v5litepod-4 \
+  TPU_LOG_DIR=disabled TPU_MIN_LOG_LEVEL=3
 
 .PHONY: help venv recall test nightly lint clean
 
