@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ssmjax.models.layers import normal, torch_uniform
+from ssmjax.models.layers import dense, normal, torch_uniform
 from ssmjax.ops.segments import segment_masks
 from ssmjax.types import Array, Bool, Float, Int, check_choice, check_shapes
 
@@ -163,7 +163,7 @@ class Attention(nnx.Module):
     full = (segment == 0) & (position >= capacity) & valid
     state = _append(state, k, v, segment, position, valid)
     y = y.reshape(batch, length, self.d_model)
-    y = (y @ self.out_proj[...].astype(y.dtype)).astype(x_dtype)
+    y = dense(y, self.out_proj[...]).astype(x_dtype)
     y = jnp.where(full[..., None], jnp.asarray(jnp.nan, y.dtype), y)
     return jnp.where(valid[..., None], y, jnp.zeros_like(y)), state
 
@@ -207,7 +207,7 @@ class Attention(nnx.Module):
   def _project(self, x, position):
     x = x.astype(self.config.dtype)
     heads = self.config.num_heads
-    qkv = x @ self.in_proj[...].astype(x.dtype)
+    qkv = dense(x, self.in_proj[...])
     qkv = qkv.reshape(*x.shape[:2], 3, heads, self.d_model // heads)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     if self.config.positions == "rope":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax.models.attention import token_positions
-from ssmjax.models.layers import LayerNorm, RMSNorm, normal, torch_uniform
+from ssmjax.models.layers import LayerNorm, RMSNorm, dense, normal, torch_uniform
 from ssmjax.models.mamba import MambaConfig
 from ssmjax.types import Array, Float, Int, check_choice, check_shapes
 
@@ -127,8 +127,8 @@ class MLP(nnx.Module):
   def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
     """Apply to each token alone."""
     x = self.norm(x).astype(self.dtype)
-    x = jax.nn.gelu(x @ self.up_proj[...].astype(x.dtype))
-    return x @ self.down_proj[...].astype(x.dtype)
+    x = jax.nn.gelu(dense(x, self.up_proj[...]))
+    return dense(x, self.down_proj[...])
 
 
 class LanguageModel(nnx.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax import ops
-from ssmjax.models.layers import normal, torch_uniform
+from ssmjax.models.layers import dense, normal, torch_uniform
 from ssmjax.polarization import selective_decay
 from ssmjax.types import (
   Array,
@@ -177,7 +177,7 @@ class Mamba(nnx.Module):
     )  # fmt: skip
     y, z, conv_state, ssm_state, _ = self._mix(x, state, segment_ids)
     del z
-    y = (y @ self.out_proj[...].astype(y.dtype)).astype(x.dtype)
+    y = dense(y, self.out_proj[...]).astype(x.dtype)
     return y, MambaState(conv_state, ssm_state)
 
   def step(
@@ -206,7 +206,7 @@ class Mamba(nnx.Module):
       delta_bias=self.dt_bias[...], delta_softplus=True,
       polarization=self.config.polarization, segment_ids=segment_ids,
     )  # fmt: skip
-    y = (y @ self.out_proj[...].astype(y.dtype)).astype(x_dtype)
+    y = dense(y, self.out_proj[...]).astype(x_dtype)
     return y, MambaState(conv_state, ssm_state)
 
   def init_state(
@@ -239,7 +239,7 @@ class Mamba(nnx.Module):
       y = y + self.D[...] * at(u).astype(jnp.float32)
       y = y * jax.nn.silu(at(z).astype(jnp.float32))
       y = y.astype(self.config.dtype)
-      return (y @ self.out_proj[...].astype(y.dtype)).astype(x.dtype)
+      return dense(y, self.out_proj[...]).astype(x.dtype)
 
     initial_state = jnp.zeros((a.shape[0], *a.shape[2:]), jnp.float32)
     return Recurrence(a, dt[..., None], b, initial_state, readout)
@@ -268,15 +268,15 @@ class Mamba(nnx.Module):
 
   def _split_input(self, x):
     x = x.astype(self.config.dtype)
-    u, z = jnp.split(x @ self.in_proj[...].astype(x.dtype), 2, -1)
+    u, z = jnp.split(dense(x, self.in_proj[...]), 2, -1)
     return u, z
 
   def _select(self, u):
     """The input-dependent Δ (before bias and softplus), B and C."""
     rank = self.dt_proj.shape[0]
-    x = u @ self.x_proj[...].astype(u.dtype)
+    x = dense(u, self.x_proj[...])
     delta, B, C = jnp.split(x, [rank, (rank + x.shape[-1]) // 2], -1)
-    return delta @ self.dt_proj[...].astype(u.dtype), B, C
+    return dense(delta, self.dt_proj[...]), B, C
 
   def _A(self):
     return -jnp.exp(self.A_log[...])
