@@ -55,14 +55,19 @@ class FitConfig:
   progress: bool = True
 
   def __post_init__(self):
-    for name in ("steps", "steps_per_dispatch", "microbatches", "log_every"):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"FitConfig: {name} is {getattr(self, name)}, expected at least 1."
-        )
-    if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+    for name in (
+      *("steps", "steps_per_dispatch", "microbatches"),
+      *("log_every", "evaluate_every", "save_every"),
+    ):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f"FitConfig: {name} is {value}, expected at least 1.")
+    sharding.check_strategy(self.strategy)
+    distinct = len(set(self.seeds)) == len(self.seeds) > 0
+    if not distinct or not all(0 <= seed < 2**32 for seed in self.seeds):
       raise ValueError(
-        f"FitConfig: seeds are {self.seeds}, expected one or more, distinct."
+        f"FitConfig: seeds are {self.seeds}, expected one or more, distinct, "
+        "in 0 … 2³²−1."
       )
     if self.stop_above is not None and self.best is None:
       raise ValueError(

@@ -28,7 +28,8 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Writes `value` as indented JSON by `write_atomically`."""
-  write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+  text = json.dumps(value, indent=2, ensure_ascii=False)
+  write_atomically(path, (text + "\n").encode())
 
 
 def differing_fields(found: Any, expected: Any, prefix: str = "") -> list[str]:
@@ -51,4 +52,6 @@ _MISSING = object()
 
 
 def _show(value: Any) -> str:
-  return "nothing" if value is _MISSING else json.dumps(value)
+  return (
+    "nothing" if value is _MISSING else json.dumps(value, ensure_ascii=False)
+  )

@@ -1,6 +1,7 @@
 """`fit`: a run that can be killed at any moment and goes on exactly."""
 
 import collections
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -459,7 +460,9 @@ def _with_sharding(abstract, shardings):
 
 
 def _models(graphdef, params, seeds: int) -> tuple[Any, ...]:
-  return tuple(
-    nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], params))
-    for i in range(seeds)
-  )
+  return tuple(nnx.merge(graphdef, tree) for tree in _unstack(params, seeds))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unstack(params, seeds: int):
+  return [jax.tree.map(lambda x, i=i: x[i], params) for i in range(seeds)]

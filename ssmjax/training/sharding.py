@@ -12,7 +12,7 @@ alone writes metrics.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,7 @@ def parallel(
     The compiled function. It takes batches as `place` returns them and
     *donates* its state: the caller's state is gone after the call.
   """
+  check_strategy(strategy)
   if strategy == "shard_map":
     return jax.jit(
       jax.shard_map(
@@ -68,22 +69,18 @@ def parallel(
       ),
       donate_argnums=0,
     )
-  if strategy == "pmap":
-    _check_plain(mesh)
-    # pmap wants one argument with a device axis, and streams have no batches.
-    mapped = jax.pmap(
-      lambda index, state, batches: program(state, batches),
-      axis_name=AXIS,
-      in_axes=(0, None, 0),
-      out_axes=None,
-      devices=list(mesh.devices.flat),
-      donate_argnums=1,
-    )
-    index = np.arange(mesh.size)
-    return lambda state, batches: mapped(index, state, batches)
-  raise ValueError(
-    f"fit: strategy is {strategy!r}, expected 'shard_map' or 'pmap'."
+  _check_plain(mesh)
+  # pmap wants one argument with a device axis, and streams have no batches.
+  mapped = jax.pmap(
+    lambda index, state, batches: program(state, batches),
+    axis_name=AXIS,
+    in_axes=(0, None, 0),
+    out_axes=None,
+    devices=list(mesh.devices.flat),
+    donate_argnums=1,
   )
+  index = np.arange(mesh.size)
+  return lambda state, batches: mapped(index, state, batches)
 
 
 def place(batches: Any, mesh: Mesh, strategy: Strategy) -> Any:
@@ -139,6 +136,14 @@ def check_mesh(mesh: Mesh) -> None:
     raise ValueError(
       f"fit: mesh has the axes {mesh.axis_names}, expected one named {AXIS!r}; "
       "data_mesh() makes one."
+    )
+
+
+def check_strategy(strategy: str) -> None:
+  """Raises unless there is such a strategy."""
+  if strategy not in get_args(Strategy):
+    raise ValueError(
+      f"fit: strategy is {strategy!r}, expected one of {get_args(Strategy)}."
     )
 
 

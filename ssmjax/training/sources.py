@@ -46,7 +46,7 @@ class StreamSource:
   def tokens(self, run: Run) -> int:
     """Counts the tokens of a step."""
     shapes = jax.eval_shape(
-      lambda: self.stream.batch(run.kind, jnp.int32(run.first), jnp.int32(0))
+      lambda: self.stream.batch(run.kind, jnp.int32(run.first), jnp.uint32(0))
     )
     return _tokens(shapes)
 

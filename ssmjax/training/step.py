@@ -22,7 +22,10 @@ class Stream(Protocol):
     """Names the shape of a step's batch; runs on the host."""
 
   def batch(self, kind: Any, step: jax.Array, seed: jax.Array) -> Batch:
-    """Makes the whole global batch; traced, so `kind` alone sets shapes."""
+    """Makes the whole global batch; traced, so `kind` alone sets shapes.
+
+    `step` is int32 and `seed` uint32.
+    """
 
 
 @jax.tree_util.register_dataclass
@@ -170,7 +173,7 @@ def make_program(
   def one_step(state, batch):
     params, opt_state, metrics = over_seeds(
       state.step,
-      jnp.asarray(seeds, jnp.int32),
+      jnp.asarray(seeds, jnp.uint32),
       batch,
       state.params,
       state.opt_state,
@@ -209,12 +212,16 @@ def init_state(
   for _, variables in built:
     _check_variables(variables)
   trees = [nnx.to_pure_dict(variables) for _, variables in built]
-  params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-  keys = [jax.random.key_data(jax.random.key(seed)) for seed in seeds]
-  opt_state = jax.vmap(optimizer.init)(params)
-  return graphdef, TrainState(
-    jnp.zeros((), jnp.int32), params, opt_state, jnp.stack(keys)
-  )
+
+  def assemble(trees):
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    keys = [jax.random.key_data(jax.random.key(seed)) for seed in seeds]
+    opt_state = jax.vmap(optimizer.init)(params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, opt_state, jnp.stack(keys))
+
+  # Jitted, because one small program per array would take longer to compile.
+  return graphdef, jax.jit(assemble)(trees)
 
 
 def _over_one(update):

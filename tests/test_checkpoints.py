@@ -1,0 +1,248 @@
+"""Checkpoints: whole, verified, of one configuration, the last and the best."""
+
+import contextlib
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssmjax.training import Checkpoints, CheckpointWarning, data_mesh
+from ssmjax.training.files import differing_fields, write_atomically
+
+CONFIG = {"settings": {"width": 8, "rates": [0.1, 0.2]}, "steps": 10}
+
+
+def test_restored_state_is_the_saved_one_to_the_bit(tmp_path):
+  state = state_of(7)
+  with opened(tmp_path) as checkpoints:
+    checkpoints.save(7, state, {"step": 7, "sums": {"loss": [[0.1, 1e-300]]}})
+  with opened(tmp_path) as checkpoints:
+    assert checkpoints.latest == 7
+    found, progress = checkpoints.restore(abstract(state))
+  assert progress == {"step": 7, "sums": {"loss": [[0.1, 1e-300]]}}
+  assert_same(found, state)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+    assert a.dtype == b.dtype
+    assert a.sharding == b.sharding
+
+
+def test_last_and_best_are_kept(tmp_path):
+  with opened(tmp_path) as checkpoints:
+    for step, score in enumerate([0.1, 0.9, 0.3, None, 0.2, 0.4], 1):
+      checkpoints.save(step, state_of(step), {}, best=score)
+  assert steps_in(tmp_path) == [2, 5, 6]
+  with opened(tmp_path) as checkpoints:  # the best is known after a restart
+    checkpoints.save(7, state_of(7), {}, best=0.8)
+    checkpoints.save(8, state_of(8), {})
+    checkpoints.wait()
+    assert steps_in(tmp_path) == [2, 7, 8]
+    checkpoints.save(9, state_of(9), {}, best=0.95)
+  assert steps_in(tmp_path) == [8, 9]
+  assert manifests_in(tmp_path) == [8, 9]
+
+
+def test_least_is_best_where_best_mode_says_so(tmp_path):
+  with opened(tmp_path, best_mode="min") as checkpoints:
+    for step, score in enumerate([0.3, 0.1, 0.9, 0.5], 1):
+      checkpoints.save(step, state_of(step), {}, best=score)
+  assert steps_in(tmp_path) == [2, 3, 4]
+
+
+def test_saving_is_not_disturbed_by_donating_the_state(tmp_path):
+  spoil = jax.jit(
+    lambda state: jax.tree.map(lambda x: x * 0 + 77, state), donate_argnums=0
+  )
+  expected = jax.tree.map(np.array, state_of(3))
+  with opened(tmp_path) as checkpoints:
+    for step in range(1, 6):
+      state = state_of(3)
+      checkpoints.save(step, state, {})
+      for _ in range(5):
+        state = spoil(state)
+      jax.block_until_ready(state)
+      checkpoints.wait()
+      found, _ = checkpoints.restore(abstract(state))
+      assert_same(found, expected)
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+  two_saved(tmp_path / "run")
+  newest = tmp_path / "run" / "checkpoints" / "2"
+  names = [
+    path.relative_to(newest) for path in newest.rglob("*") if path.is_file()
+  ]
+  assert len(names) > 5
+  for name in names:
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run", copy)
+    flip(copy / "checkpoints" / "2" / name)
+    with (
+      pytest.warns(CheckpointWarning, match=r"checkpoints/2 is passed over"),
+      opened(copy) as checkpoints,
+    ):
+      assert checkpoints.latest == 1
+    assert (copy / "corrupt" / "2" / name).exists()
+    shutil.rmtree(copy)
+
+
+def test_run_goes_on_from_the_checkpoint_before_a_corrupt_one(tmp_path):
+  two_saved(tmp_path)
+  flip(next((tmp_path / "checkpoints" / "2" / "state" / "d").iterdir()))
+  with pytest.warns(CheckpointWarning, match="has changed since"):
+    checkpoints = Checkpoints(tmp_path, config=CONFIG)
+  found, progress = checkpoints.restore(abstract(state_of(1)))
+  assert_same(found, state_of(1))
+  assert progress == {"step": 1}
+  checkpoints.save(2, state_of(22), {})  # its step can be saved again
+  checkpoints.wait()
+  assert_same(checkpoints.restore(abstract(found))[0], state_of(22))
+  checkpoints.close()
+
+
+def test_checkpoint_without_manifest_is_passed_over_and_removed(tmp_path):
+  two_saved(tmp_path)
+  (tmp_path / "checkpoints" / "manifest-2.json").unlink()
+  with pytest.warns(CheckpointWarning, match=r"checkpoints/2 .*no manifest"):
+    checkpoints = Checkpoints(tmp_path, config=CONFIG)
+  assert checkpoints.latest == 1
+  checkpoints.save(2, state_of(2), {})
+  checkpoints.close()
+  assert manifests_in(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("cut", ["missing", "short"])
+def test_missing_or_short_file_is_noticed(tmp_path, cut):
+  two_saved(tmp_path)
+  for step in (2, 1):  # in the newest, and in one that nobody would read
+    path = tmp_path / "checkpoints" / str(step) / "state" / "_METADATA"
+    if cut == "missing":
+      path.unlink()
+    else:
+      path.write_bytes(path.read_bytes()[:-1])
+  with (
+    pytest.warns(CheckpointWarning, match=f"_METADATA (is {cut}|has)"),
+    opened(tmp_path) as checkpoints,
+  ):
+    assert checkpoints.latest is None
+
+
+def test_leavings_of_a_killed_save_are_cleared(tmp_path):
+  two_saved(tmp_path)
+  root = tmp_path / "checkpoints"
+  (root / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+  shutil.copy(root / "manifest-1.json", root / "manifest-0.json")
+  with opened(tmp_path) as checkpoints:
+    assert checkpoints.latest == 2
+    checkpoints.save(3, state_of(3), {})
+  assert sorted(path.name for path in root.iterdir()) == [
+    *("2", "3", "manifest-2.json", "manifest-3.json")
+  ]
+
+
+def test_other_configuration_is_refused_with_the_differing_fields(tmp_path):
+  two_saved(tmp_path)
+  other = {"settings": {"width": 9, "rates": [0.1, 0.2]}, "seed": 1}
+  with pytest.raises(ValueError, match="another configuration") as error:
+    Checkpoints(tmp_path, config=other)
+  lines = str(error.value).splitlines()[1:-1]
+  assert [line.strip() for line in lines] == [
+    "seed: found nothing, expected 1",
+    "settings.width: found 8, expected 9",
+    "steps: found 10, expected nothing",
+  ]
+
+
+def test_keeping_one_checkpoint_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="keep is 1, expected at least 2"):
+    Checkpoints(tmp_path, config=CONFIG, keep=1)
+
+
+def test_failed_save_is_reported(tmp_path, monkeypatch):
+  def fail(*args):
+    raise OSError("disk full")
+
+  checkpoints = Checkpoints(tmp_path, config=CONFIG)
+  monkeypatch.setattr("ssmjax.training.files.write_json", fail)
+  checkpoints.save(1, state_of(1), {})
+  with pytest.raises(OSError, match="disk full"):
+    checkpoints.wait()
+  checkpoints.close()
+  assert checkpoints.latest is None
+
+
+def test_small_files_are_the_old_or_the_new_one(tmp_path, monkeypatch):
+  path = tmp_path / "config.json"
+  write_atomically(path, b"old")
+  monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    write_atomically(path, b"new")
+  assert path.read_bytes() == b"old"
+
+
+def test_equal_configurations_do_not_differ():
+  assert differing_fields(CONFIG, json.loads(json.dumps(CONFIG))) == []
+  assert differing_fields({"a": [1, 2]}, {"a": [1, 3]}) == [
+    "a: found [1, 2], expected [1, 3]"
+  ]
+
+
+def opened(folder, **options):
+  """Checkpoints as a context manager, for the tests."""
+  return contextlib.closing(Checkpoints(folder, config=CONFIG, **options))
+
+
+def state_of(number):
+  """A state with lists, tuples, empty nodes and keys, on eight devices."""
+  mesh = data_mesh()
+  tree = {
+    "params": {"layers": {0: jnp.full((3, 4), 1.0), 1: jnp.arange(4.0)}},
+    "opt": ((), (jnp.full(5, 0.1), None), jnp.asarray(number, jnp.int32)),
+    "key": jax.random.key_data(jax.random.key(number)),
+    "half": jnp.linspace(0, 1, 7, dtype=jnp.bfloat16),
+  }
+  put = jax.jit(
+    lambda tree: jax.tree.map(lambda x: x + 0, tree),
+    out_shardings=jax.NamedSharding(mesh, jax.P()),
+  )
+  return put(tree)
+
+
+def abstract(state):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+
+
+def two_saved(folder):
+  with opened(folder) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, state_of(step), {"step": step})
+
+
+def steps_in(folder):
+  root = folder / "checkpoints"
+  return sorted(int(path.name) for path in root.iterdir() if path.is_dir())
+
+
+def manifests_in(folder):
+  root = folder / "checkpoints"
+  return sorted(
+    json.loads(path.read_text())["step"] for path in root.glob("manifest-*")
+  )
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def assert_same(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -1,0 +1,407 @@
+"""A run that was stopped or killed ends as one that never was."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_run
+
+from ssmjax.training import (
+  CheckpointWarning,
+  FitConfig,
+  NonFiniteError,
+  fit,
+  load,
+  read_metrics,
+)
+from ssmjax.training.folder import StopRequest
+from ssmjax.training.metrics import MetricsLog
+
+SCRIPT = pathlib.Path(toy_run.__file__)
+
+
+class Crash(Exception):
+  """Ends a run from within, without a last save."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+  """The run that never stops, with batches of one size."""
+  folder = tmp_path_factory.mktemp("unbroken")
+  return folder, toy_run.run(folder, data=one_size())
+
+
+def test_killed_run_ends_as_the_unbroken_one(tmp_path, unbroken):
+  kill_and_resume(tmp_path, unbroken, kills=3)
+
+
+@pytest.mark.nightly
+def test_run_killed_ten_times_ends_as_the_unbroken_one(tmp_path):
+  fields = {"steps": 2000, "evaluate_every": 100, "keep": 3, "seeds": [0, 7]}
+  folder = tmp_path / "unbroken"
+  whole = toy_run.run(
+    folder, **fields | {"seeds": (0, 7)}, data=toy_run.Examples()
+  )
+  kill_and_resume(
+    tmp_path / "killed",
+    (folder, whole),
+    kills=10,
+    two_sizes=True,
+    **fields,
+  )
+
+
+@pytest.mark.parametrize("strategy", ["shard_map", "pmap"])
+def test_sigterm_saves_at_a_boundary_and_the_run_goes_on(
+  tmp_path, unbroken, strategy
+):
+  options = {"data": one_size(), "strategy": strategy}
+  first = toy_run.run(tmp_path, hooks=[terminate_at(45)], **options)
+  assert (first.step, first.finished, first.reason) == (45, False, "sigterm")
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  assert [line["step"] for line in read_metrics(tmp_path)][-1] == 40
+  second = toy_run.run(tmp_path, **options)
+  assert second.finished
+  assert_same_end((tmp_path, second), unbroken)
+
+
+def test_minutes_stop_a_run_in_pieces(tmp_path, unbroken, capsys):
+  piece = toy_run.run(tmp_path, data=one_size(), minutes=1e-3, progress=True)
+  assert (piece.step, piece.finished, piece.reason) == (5, False, "minutes")
+  assert "run the same command again" in capsys.readouterr().out
+  whole = toy_run.run(tmp_path, data=one_size(), minutes=60)
+  assert whole.finished
+  assert_same_end((tmp_path, whole), unbroken)
+
+
+def test_clock_keeps_time_for_the_next_cell_and_the_last_save():
+  with StopRequest(minutes=1) as stop:
+    stop._recent = {"cell": [9.0, 5.0], "compile": [40.0]}
+    assert stop.reason(["cell"], save_seconds=1.0) is None
+    assert stop.reason(["cell"], save_seconds=20.0) == "minutes"
+    assert stop.reason(["cell", "compile"], save_seconds=1.0) == "minutes"
+    stop._recent["cell"] = [19.9]
+    assert stop.reason(["cell"], save_seconds=1.0) == "minutes"
+
+
+def test_iterator_goes_on_from_its_saved_cursor(tmp_path, unbroken):
+  with pytest.raises(Crash):
+    toy_run.run(tmp_path, data=Numbered(), hooks=[crash_at(55)])
+  data = Numbered()
+  result = toy_run.run(tmp_path, data=data)
+  assert data.at == toy_run.STEPS
+  # The same batches, given instead of made: another program, the same run.
+  expected = arrays(unbroken[1])
+  for a, b in zip(arrays(result), expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  whole = tmp_path / "whole"
+  assert_same_end(
+    (tmp_path, result), (whole, toy_run.run(whole, data=Numbered()))
+  )
+
+
+def test_metrics_written_after_the_checkpoint_are_cut_back(tmp_path, unbroken):
+  with pytest.raises(Crash):
+    toy_run.run(tmp_path, data=one_size(), hooks=[crash_at(75)])
+  assert [line["step"] for line in read_metrics(tmp_path)][-1] == 70
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"step": 75, "ev')  # the kill came in the middle of a line
+  flip(next((tmp_path / "checkpoints" / "60").rglob("d/*")))
+  with pytest.warns(CheckpointWarning, match="checkpoints/60 is passed over"):
+    result = toy_run.run(tmp_path, data=one_size())
+  assert_same_end((tmp_path, result), unbroken)
+
+
+def test_events_of_a_killed_run_are_purged(tmp_path, monkeypatch):
+  import tensorboardX
+
+  purged = []
+
+  class Writer(tensorboardX.SummaryWriter):
+    def __init__(self, *args, purge_step):
+      purged.append(purge_step)
+      super().__init__(*args, purge_step=purge_step)
+
+  monkeypatch.setattr(tensorboardX, "SummaryWriter", Writer)
+  log = MetricsLog(tmp_path, 0)
+  for step in (10, 20, 30):
+    log.write(step, "train", [0], [{"loss": 1.0 / step, "empty": np.nan}])
+  log.sync()
+  log.close()
+  MetricsLog(tmp_path, 20).close()
+  assert purged == [1, 21]
+  assert list(tmp_path.glob("events.*"))
+  assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20]
+  assert read_metrics(tmp_path)[0]["empty"] is None
+
+
+def test_finished_run_is_given_back_at_once(tmp_path, unbroken):
+  folder, whole = unbroken
+
+  def refuse(*args):
+    raise AssertionError("a finished run computes nothing")
+
+  result = fit(
+    toy_run.init,
+    refuse,
+    toy_run.optimizer(),
+    one_size(),
+    toy_run.config(minutes=1.0),  # how long is not part of what
+    folder,
+    evaluate=refuse,
+    mesh=toy_run.mesh(2),
+  )
+  assert (result.step, result.finished) == (toy_run.STEPS, True)
+  assert result.metrics == whole.metrics
+  assert_same_end((folder, result), unbroken)
+
+
+def test_other_configuration_is_refused_with_its_fields(unbroken):
+  with pytest.raises(ValueError, match="another configuration") as error:
+    toy_run.run(unbroken[0], seeds=(0, 1), settings={"width": 8})
+  assert "fit.seeds: found [0], expected [0, 1]" in str(error.value)
+  assert "settings.width: found nothing, expected 8" in str(error.value)
+
+
+def test_other_devices_or_versions_are_warned_of(tmp_path):
+  with pytest.raises(Crash):
+    toy_run.run(tmp_path, data=one_size(), hooks=[crash_at(5)])
+  path = tmp_path / "config.json"
+  path.write_text(path.read_text().replace("2 × cpu", "4 × tpu"))
+  with (
+    pytest.warns(UserWarning, match=r"devices: found .4 × tpu., expected"),
+    pytest.raises(Crash),
+  ):
+    toy_run.run(tmp_path, data=one_size(), hooks=[crash_at(5)])
+
+
+def test_folder_is_for_one_process_at_a_time(tmp_path):
+  def again(step, models):
+    with pytest.raises(ValueError, match="another process trains"):
+      toy_run.run(tmp_path, data=one_size())
+    raise Crash
+
+  with pytest.raises(Crash):
+    toy_run.run(tmp_path, data=one_size(), hooks=[again])
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+  class Poisoned(toy_run.Examples):
+    def batch(self, kind, step, seed):
+      batch = super().batch(kind, step, seed)
+      bad = (step == 53) & (seed == 4)
+      return batch | {"w": jnp.where(bad, jnp.nan, batch["w"])}
+
+  with pytest.raises(NonFiniteError) as error:
+    toy_run.run(
+      tmp_path, data=Poisoned((16, 16)), seeds=(3, 4), evaluate_every=60
+    )
+  for part in (
+    "loss is nan at step 53 (seed 4",
+    "stream.batch(16, 53, seed=4)",
+    f"go back to checkpoint {tmp_path}/checkpoints/40",
+  ):
+    assert part in str(error.value)
+  assert (tmp_path / "checkpoints" / "manifest-40.json").exists()
+
+
+def test_run_stops_early_above_the_threshold_and_keeps_the_best(tmp_path):
+  scores = {30: 0.5, 60: 0.8, 90: 0.7, 120: 0.995}
+
+  def scored(model, step):
+    return {"held_out": scores[step]}
+
+  def run():
+    return fit(
+      toy_run.init,
+      toy_run.loss,
+      toy_run.optimizer(),
+      one_size(),
+      toy_run.config(stop_above=0.75, save_every=1000, seeds=(1, 2)),
+      tmp_path,
+      evaluate=scored,
+      mesh=toy_run.mesh(2),
+    )
+
+  result = run()
+  assert (result.step, result.finished, result.reason) == (
+    *(60, True, "stopped early"),
+  )
+  assert run().reason == "stopped early"
+  lines = read_metrics(tmp_path, wall_clock=False)
+  assert [(line["step"], line["seed"]) for line in lines[-2:]] == [
+    *((60, 1), (60, 2))
+  ]
+  best = load(tmp_path, toy_run.init, seeds=(1, 2), at="best")
+  for model, expected in zip(best, result.models, strict=True):
+    assert_same_leaves(model, expected)
+  with pytest.raises(ValueError, match=r"no checkpoint 50; found .*\[30, 60\]"):
+    load(tmp_path, toy_run.init, seeds=(1, 2), at=50)
+
+
+def test_run_without_tqdm_and_tensorboardx_prints_lines(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setitem(sys.modules, "tqdm", None)
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(Crash):
+    toy_run.run(tmp_path, data=one_size(), hooks=[crash_at(25)], progress=True)
+  out = capsys.readouterr().out
+  assert out.count("tensorboardX is not installed") == 1
+  assert "step 10/120" in out
+  assert "tokens/s" in out
+  assert not list(tmp_path.glob("events.*"))
+  assert len(read_metrics(tmp_path)) == 2
+
+
+def test_data_that_cannot_be_resumed_or_ends_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="list_iterator without get_state"):
+    toy_run.run(tmp_path, data=iter([]))
+
+  class Short(Numbered):
+    def __next__(self):
+      if self.at == 7:
+        raise StopIteration
+      return super().__next__()
+
+  with pytest.raises(ValueError, match="data ended after 7 steps"):
+    toy_run.run(tmp_path, data=Short())
+
+
+def test_fit_runs_outside_of_the_main_thread(tmp_path):
+  found = []
+  thread = threading.Thread(
+    target=lambda: found.append(
+      toy_run.run(tmp_path, data=one_size(), steps=5, evaluate_every=5)
+    )
+  )
+  thread.start()
+  thread.join()
+  assert found[0].finished
+
+
+@pytest.mark.parametrize(
+  ("fields", "match"),
+  [
+    ({"steps": 0}, "steps is 0"),
+    ({"seeds": (1, 1)}, "seeds are"),
+    ({"seeds": (-1,)}, "seeds are"),
+    ({"stop_above": 0.9}, "needs best"),
+    ({"strategy": "xmap"}, "strategy is 'xmap'"),
+  ],
+)
+def test_impossible_configuration_is_refused(fields, match):
+  with pytest.raises(ValueError, match=match):
+    FitConfig(**{"steps": 1} | fields)
+
+
+def kill_and_resume(folder, unbroken, *, kills, **fields):
+  """Kills the script `kills` times at random moments; then lets it end."""
+  command = [sys.executable, str(SCRIPT), str(folder)]
+  command += [f"{name}={json.dumps(value)}" for name, value in fields.items()]
+  steps = fields.get("steps", toy_run.STEPS)
+  draw = random.Random(kills)
+  # Moments spread over the run; a fifth of them in the start-up instead.
+  targets = sorted(draw.randrange(steps - 60) for _ in range(kills))
+  reached = []
+  for target in targets:
+    if draw.random() < 0.2:
+      reached.append(kill_when(command, None, draw.uniform(0.5, 3.0)))
+    else:
+      reached.append(kill_when(command, target, draw.uniform(0.0, 0.05)))
+  end = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert end.returncode == 0, end.stderr
+  assert end.stdout.split()[-1] == "finished"
+  print("killed after steps", reached)
+  result = toy_run.run(
+    folder,
+    data=toy_run.Examples(
+      (16, 8) if fields.pop("two_sizes", False) else (16,) * 2
+    ),
+    **{k: tuple(v) if k == "seeds" else v for k, v in fields.items()},
+  )
+  assert_same_end((folder, result), unbroken)
+
+
+def kill_when(command, target, delay):
+  """Kills the process `delay` s after step `target` (None: its start)."""
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  ) as process:
+    step = None
+    while target is not None:
+      line = process.stdout.readline()
+      assert line, process.stderr.read()
+      if line.strip().isdigit():
+        step = int(line)
+        if step >= target:
+          break
+    try:
+      process.wait(delay)
+    except subprocess.TimeoutExpired:
+      process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+  return step
+
+
+def one_size():
+  return toy_run.Examples((16, 16))
+
+
+class Numbered(toy_run.Numbered):
+  """The one-size examples from an iterator."""
+
+  def __init__(self):
+    super().__init__(one_size())
+
+
+def crash_at(at):
+  def hook(step, models):
+    if step == at:
+      raise Crash
+
+  return hook
+
+
+def terminate_at(at):
+  def hook(step, models):
+    if step == at:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  return hook
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def arrays(result):
+  return [np.asarray(x) for x in jax.tree.leaves(result.state)]
+
+
+def assert_same_leaves(found, expected):
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def assert_same_end(found, expected):
+  """Equal state to the bit, and equal lines but for the clock."""
+  (folder, result), (expected_folder, expected_result) = found, expected
+  assert_same_leaves(result.state, expected_result.state)
+  assert read_metrics(folder, wall_clock=False) == read_metrics(
+    expected_folder, wall_clock=False
+  )
