@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ssmjax.training import Checkpoints, CheckpointWarning, data_mesh
@@ -129,6 +130,14 @@ def test_missing_or_short_file_is_noticed(tmp_path, cut):
     assert checkpoints.latest is None
 
 
+def test_deletion_that_was_cut_short_is_finished(tmp_path):
+  two_saved(tmp_path)
+  (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").unlink()
+  with pytest.warns(CheckpointWarning, match="_METADATA is missing"):
+    Checkpoints(tmp_path, config=CONFIG).close()
+  assert steps_in(tmp_path) == manifests_in(tmp_path) == [2]
+
+
 def test_leavings_of_a_killed_save_are_cleared(tmp_path):
   two_saved(tmp_path)
   root = tmp_path / "checkpoints"
@@ -199,7 +208,12 @@ def state_of(number):
   mesh = data_mesh()
   tree = {
     "params": {"layers": {0: jnp.full((3, 4), 1.0), 1: jnp.arange(4.0)}},
-    "opt": ((), (jnp.full(5, 0.1), None), jnp.asarray(number, jnp.int32)),
+    "opt": (
+      optax.MaskedNode(),
+      (),
+      (jnp.full(5, 0.1), None),
+      jnp.asarray(number, jnp.int32),
+    ),
     "key": jax.random.key_data(jax.random.key(number)),
     "half": jnp.linspace(0, 1, 7, dtype=jnp.bfloat16),
   }

@@ -158,7 +158,7 @@ def test_finished_run_is_given_back_at_once(tmp_path, unbroken):
     toy_run.config(minutes=1.0),  # how long is not part of what
     folder,
     evaluate=refuse,
-    mesh=toy_run.mesh(2),
+    mesh=toy_run.two_devices(),
   )
   assert (result.step, result.finished) == (toy_run.STEPS, True)
   assert result.metrics == whole.metrics
@@ -229,7 +229,7 @@ def test_run_stops_early_above_the_threshold_and_keeps_the_best(tmp_path):
       toy_run.config(stop_above=0.75, save_every=1000, seeds=(1, 2)),
       tmp_path,
       evaluate=scored,
-      mesh=toy_run.mesh(2),
+      mesh=toy_run.two_devices(),
     )
 
   result = run()
@@ -275,6 +275,14 @@ def test_data_that_cannot_be_resumed_or_ends_is_refused(tmp_path):
 
   with pytest.raises(ValueError, match="data ended after 7 steps"):
     toy_run.run(tmp_path, data=Short())
+
+
+def test_fit_takes_a_mesh_as_make_mesh_gives_it(tmp_path, unbroken):
+  mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    toy_run.run(tmp_path, data=one_size(), hooks=[terminate_at(45)], mesh=mesh)
+    result = toy_run.run(tmp_path, data=one_size(), mesh=mesh)
+  assert_same_end((tmp_path, result), unbroken)
 
 
 def test_fit_runs_outside_of_the_main_thread(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from ssmjax.training import (
   adamw,
   data_mesh,
   decay_mask,
+  ensure_deterministic,
   epoch_cosine,
   gradient,
   init_state,
@@ -67,6 +69,27 @@ def test_accumulation_equals_the_big_batch_with_unequal_weights():
     for n in (1, 4)
   )
   assert_close(parts, whole)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_sums():
+  def half(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+  def loss(model, batch, key):
+    total, weight, metrics = toy_run.plain_loss(half(model), batch, key)
+    return total.astype(jnp.bfloat16), weight, metrics
+
+  graphdef, params = split()
+  batch = toy_run.Examples().batch(16, 3, 0)
+  found, metrics = gradient(
+    loss, graphdef, params, batch, jax.random.key(0), microbatches=2
+  )
+  expected, _ = gradient(
+    toy_run.plain_loss, graphdef, params, batch, jax.random.key(0)
+  )
+  assert_close(found, expected, "bfloat16")
+  for leaf in jax.tree.leaves((found, metrics)):
+    assert leaf.dtype == jnp.float32
 
 
 def test_weight_zero_gives_gradient_zero():
@@ -301,6 +324,25 @@ def test_warmup_cosine_rises_falls_and_ends():
 def initial(init, optimizer, seeds):
   graphdef, state = init_state(init, optimizer, seeds)
   return graphdef, jax.tree.map(np.asarray, state)
+
+
+def test_determinism_is_asked_for_in_time_or_denied(monkeypatch):
+  started = [False]
+  monkeypatch.setattr(
+    "jax._src.xla_bridge.backends_are_initialized", lambda: started[0]
+  )
+  monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+  assert ensure_deterministic()
+  flag = "--xla_gpu_deterministic_ops"
+  assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {flag}=true"
+  assert ensure_deterministic()
+  monkeypatch.setenv("XLA_FLAGS", f"{flag}=false")
+  assert not ensure_deterministic()
+  monkeypatch.setenv("XLA_FLAGS", "")
+  started[0] = True
+  assert ensure_deterministic()  # a CPU needs no flag
+  monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+  assert not ensure_deterministic()
 
 
 def split(seed=0):

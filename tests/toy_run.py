@@ -138,11 +138,11 @@ def optimizer():
   return adamw(warmup_cosine(1e-2, steps=STEPS, warmup=10), clip=1.0)
 
 
-def mesh(devices):
-  return data_mesh(jax.devices()[:devices])
+def two_devices():
+  return data_mesh(jax.devices()[:2])
 
 
-def run(folder, *, data=None, hooks=(), settings=None, **fields):
+def run(folder, *, data=None, hooks=(), settings=None, mesh=None, **fields):
   """Trains the toy in `folder` on two devices."""
   return fit(
     init,
@@ -154,7 +154,7 @@ def run(folder, *, data=None, hooks=(), settings=None, **fields):
     settings=settings,
     evaluate=evaluate,
     hooks=hooks,
-    mesh=mesh(2),
+    mesh=mesh or two_devices(),
   )
 
 

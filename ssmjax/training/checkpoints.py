@@ -193,7 +193,7 @@ class Checkpoints:
         CheckpointWarning,
         stacklevel=5,
       )
-      if fault == _UNFINISHED:
+      if fault == _UNFINISHED or whole:  # whole: a deletion was cut short
         shutil.rmtree(path)
       else:
         aside = self._directory / "corrupt" / str(step)

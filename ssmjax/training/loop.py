@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ssmjax.training import sharding, sources, step
 from ssmjax.training.checkpoints import Checkpoints, load_params
 from ssmjax.training.config import FitConfig, FitResult, Hook
+from ssmjax.training.determinism import ensure_deterministic
 from ssmjax.training.folder import RunFolder, StopRequest
 from ssmjax.training.metrics import MetricsLog, Progress, Sums
 
@@ -43,7 +44,8 @@ def fit(
   The end of a run does not depend on how often it was stopped or killed: the
   parameters are the same to the bit and so are the metrics, but for the fields
   in `metrics.WALL_CLOCK`, on the same kind and number of devices and the same
-  versions. On a GPU this needs `ensure_deterministic()` before JAX starts.
+  versions. On a GPU this needs `ensure_deterministic()` before JAX starts; the
+  call sees to it if it is itself the first to use JAX.
 
   Args:
     init: from a seed to a model: an `nnx.Module` with float32 `nnx.Param`s.
@@ -56,7 +58,8 @@ def fit(
     directory: the run's folder.
     settings: JSON-able, what identifies the run beyond `config` (model, data,
       learning rate); a folder with other settings is refused.
-    evaluate: `evaluate(model, step)` gives metrics of one seed's model.
+    evaluate: `evaluate(model, step)` gives metrics of one seed's model, whose
+      arrays are replicated over the mesh.
     hooks: called as `hook(step, models)` at every boundary of the grid.
     mesh: has an axis "data", over which batches are divided; by default all
       devices.
@@ -94,6 +97,7 @@ def fit(
     )
     result.models[1].kernel          # of seed 1
   """
+  ensure_deterministic()  # still in time where JAX has not started
   mesh = sharding.data_mesh() if mesh is None else mesh
   sharding.check_mesh(mesh)
   return _Run(
@@ -288,7 +292,6 @@ class _Run:
       if passed:
         self._over = "stopped early"
     for hook in hooks:
-      self._drain(0)
       hook(self._step, self._models)
     if last:
       self._over = self._over or "finished"
@@ -308,7 +311,9 @@ class _Run:
     every = self._config.evaluate_every or self._config.steps
     if self._evaluate is not None and next_end % every == 0:
       due.append("evaluate")
-    return stop.reason(due, self._checkpoints.save_seconds)
+    # Before the first save: as if it wrote 100 MB/s.
+    size = sum(x.nbytes for x in jax.tree.leaves(self._state))
+    return stop.reason(due, self._checkpoints.save_seconds or size / 1e8)
 
   def _evaluation(self) -> tuple[float | None, bool, bool]:
     """Evaluates all seeds: (score, is it the best, may we stop)."""

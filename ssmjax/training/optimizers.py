@@ -87,7 +87,7 @@ def epoch_cosine(
   The rate is constant within an epoch and never zero: the last epoch has
   e = epochs − 1. This is the paper's schedule for associative recall.
 
-  >>> float(epoch_cosine(1.0, epochs=4, steps_per_epoch=10)(20))
+  >>> round(float(epoch_cosine(1.0, epochs=4, steps_per_epoch=10)(29)), 4)
   0.5
   """
 
