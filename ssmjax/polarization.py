@@ -9,7 +9,14 @@ serves every diagonal recurrence, not only Mamba's.
 
 import jax.numpy as jnp
 
-from ssmjax.types import Array, Inexact, Polarization
+from ssmjax.types import (
+  Array,
+  Inexact,
+  Polarization,
+  check_inexact,
+  check_shapes,
+  state_dtype,
+)
 
 __all__ = ["Polarization", "polarize", "polarize_log", "selective_decay"]
 
@@ -82,16 +89,30 @@ def selective_decay(
       exp(-1000 Δ) in place of 0.
 
   Returns:
-    `[B, T, D, N]` (or `[B, D, N]`), N as `polarization.total(M)`. It is meant for inspection;
-    the fused scans never form it.
+    `[B, T, D, N]` (or `[B, D, N]`), N as `polarization.total(M)`, float32 or
+    wider. It is meant for inspection; the fused scans never form it.
+
+  Raises:
+    ValueError: where delta and A do not fit, or more channels are replaced
+      than there are.
   """
-  A = A.reshape((1,) * (delta.ndim - 1) + A.shape)
-  a = jnp.exp(delta[..., None].astype(A.dtype) * A)
+  check_inexact("selective_decay", delta=delta, A=A)
+  check_shapes(
+    "selective_decay",
+    {
+      "A": (A, "D M"),
+      "delta": (delta, " ".join(map(str, delta.shape[:-1])) + " D"),
+    },
+  )
+  dtype = state_dtype(delta, A)
+  A = A.astype(dtype).reshape((1,) * (delta.ndim - 1) + A.shape)
+  delta = delta.astype(jnp.finfo(dtype).dtype)
+  a = jnp.exp(delta[..., None].astype(dtype) * A)
   if polarization is None:
     return a
   if polarization.finite_zero is None:
     return polarize(a, polarization)
-  leak = jnp.exp(delta.astype(A.dtype) * polarization.finite_zero)[..., None]
+  leak = jnp.exp(delta * polarization.finite_zero)[..., None]
   leak = jnp.broadcast_to(leak, (*delta.shape, polarization.zeros))
   learned = _learned(a, polarization, -1)
   ones = jnp.ones((*delta.shape, polarization.ones), a.dtype)
@@ -104,6 +125,12 @@ def _with_constants(function, a, polarization, axis, one, zero):
       f"{function}: zero_decay is {polarization.zero_decay!r}, expected"
       " 'exact'. The compatibility modes set A, not the decay: use"
       " selective_decay."
+    )
+  check_inexact(function, a=a)
+  if not -a.ndim <= axis < a.ndim:
+    raise ValueError(
+      f"{function}: axis is {axis}, expected one of the {a.ndim} axes of the"
+      f" decays, whose shape is {a.shape}."
     )
   axis = axis % a.ndim
   block = lambda count, value: jnp.full(

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TABLE = {
   "ssmjax.types": "jaxtyping",
   "kernels_pallas": "ssmjax.types jax.experimental.pallas",
-  "ssmjax.ops": "ssmjax.types kernels_pallas",
+  "ssmjax.ops": "ssmjax.types ssmjax.polarization kernels_pallas",
   "ssmjax.polarization": "ssmjax.types",
   "ssmjax.models": "ssmjax.types ssmjax.ops ssmjax.polarization flax",
   "ssmjax.theory": "ssmjax.types",

@@ -9,7 +9,6 @@ from ssmjax.ops.segments import segment_masks
 from ssmjax.types import (
   Array,
   Float,
-  Inexact,
   Int,
   check_inexact,
   check_segment_ids,
@@ -68,8 +67,7 @@ def causal_conv_step(
   segment_ids: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B V D"]]:
   """Advance `causal_conv` by one token: y `[B, D]`, state `[B, W-1, D]`."""
-  _check("causal_conv_step", x[:, None], weight, bias, state,
-         None if segment_ids is None else segment_ids[:, None])  # fmt: skip
+  _check("causal_conv_step", x, weight, bias, state, segment_ids, time=False)
   valid = None if segment_ids is None else segment_ids > 0
   state = state.astype(real_dtype(x, weight, state))
   return _token(state, x, valid, None, weight, bias)
@@ -187,31 +185,33 @@ def _initial(x, weight, initial_state):
 
 
 def _check(
-  function,
-  x: Inexact[Array, "..."],
-  weight,
-  bias,
-  initial_state,
-  segment_ids,
-):
-  check_inexact(
-    function, x=x, weight=weight, bias=bias, initial_state=initial_state
-  )
+  function, x, weight, bias, state, segment_ids, *, time=True
+):  # fmt: skip
+  state_name = "initial_state" if time else "state"
+  arrays = {"x": x, "weight": weight, "bias": bias, state_name: state}
+  check_inexact(function, **arrays)
+  for name, value in arrays.items():
+    if value is not None and jnp.iscomplexobj(value):
+      raise ValueError(
+        f"{function}: {name} is complex, expected a real array. Run real and"
+        " imaginary part apart."
+      )
+  axes = "B T" if time else "B"
   sizes = check_shapes(
-    function, {"x": (x, "B T D"), "weight": (weight, "W D"), "bias": (bias, "D")}
+    function,
+    {"x": (x, f"{axes} D"), "weight": (weight, "W D"), "bias": (bias, "D")},
   )
-  if sizes["W"] < 1 or sizes["T"] < 1:
-    raise ValueError(
-      f"{function}: weight has shape {weight.shape} and x {x.shape}, expected"
-      " W >= 1 and T >= 1."
-    )
+  if sizes["W"] < 1:
+    raise ValueError(f"{function}: weight has no taps, expected W >= 1.")
+  if time and sizes["T"] < 1:
+    raise ValueError(f"{function}: x has no time steps, expected T >= 1.")
   check_shapes(
     function,
     {
-      "x": (x, "B T D"),
-      "initial_state": (initial_state, f"B {sizes['W'] - 1} D"),
-      "segment_ids": (segment_ids, "B T"),
+      "x": (x, f"{axes} D"),
+      state_name: (state, f"B {sizes['W'] - 1} D"),
+      "segment_ids": (segment_ids, axes),
     },
-    {"initial_state": f"It holds the W-1 = {sizes['W'] - 1} previous tokens."},
+    {state_name: f"It holds the W-1 = {sizes['W'] - 1} previous tokens."},
   )
   check_segment_ids(function, segment_ids)

@@ -40,6 +40,9 @@ def linear_cross_entropy(
     The sum of the losses, and the sum of the weights of the positions whose
     largest logit is the target's; both scalars, float32.
 
+  Raises:
+    ValueError: an argument of the wrong shape or dtype.
+
   >>> loss, correct = linear_cross_entropy(
   ...   jnp.eye(2), jnp.eye(2), jnp.array([0, 0]))
   >>> float(correct)
@@ -56,6 +59,12 @@ def linear_cross_entropy(
       "weights": (weights, "P"),
     },
   )
+  dtype = jnp.result_type(targets)
+  if not jnp.issubdtype(dtype, jnp.integer):
+    raise ValueError(
+      f"{function}: targets has dtype {dtype.name}, expected class numbers of"
+      " an integer type. Pass targets.astype(jnp.int32)."
+    )
   if weights is None:
     weights = jnp.ones(targets.shape, jnp.float32)
   return _loss(
@@ -71,13 +80,15 @@ def _loss(features, weight, targets, weights):
 
 
 def _forward(features, weight, targets, weights):
-  loss, correct, *gradients = _blocks(features, weight, targets, weights, True)
-  return (loss, correct), tuple(gradients)
+  loss, correct, d_features, d_weight = _blocks(
+    features, weight, targets, weights, True
+  )
+  return (loss, correct), (d_features, d_weight.astype(weight.dtype))
 
 
 def _backward(gradients, cotangents):
   d_features, d_weight = gradients
-  scale = lambda g: (g * cotangents[0].astype(g.dtype)).astype(g.dtype)
+  scale = lambda g: (g.astype(jnp.float32) * cotangents[0]).astype(g.dtype)
   return scale(d_features), scale(d_weight), None, None
 
 
@@ -85,7 +96,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _blocks(features, weight, targets, weights, differentiate):
-  """(loss, correct) and, on request, (d_features, d_weight)."""
+  """(loss, correct) and, on request, (d_features, d_weight in float32)."""
   positions = features.shape[0]
   size = max(1, min(positions, _BLOCK_LOGITS // weight.shape[0]))
   count = -(-positions // size)
@@ -107,7 +118,7 @@ def _blocks(features, weight, targets, weights, differentiate):
   zero = jnp.zeros((), jnp.float32)
   totals = (zero, zero)
   if differentiate:
-    totals += (jnp.zeros_like(weight),)
+    totals += (jnp.zeros(weight.shape, jnp.float32),)
   totals = match_varying(*totals, xs[2])[: len(totals)]
   (loss, correct, *d_weight), d_features = lax.scan(step, totals, xs)
   if not differentiate:
@@ -117,6 +128,9 @@ def _blocks(features, weight, targets, weights, differentiate):
 
 
 def _block(weight, differentiate, features, targets, weights):
+  counts = weights != 0
+  # 0 · NaN would be NaN in the gradient of the embedding.
+  features = jnp.where(counts[:, None], features, jnp.zeros_like(features))
   logits = jnp.einsum(
     "pm,vm->pv", features, weight.astype(features.dtype),
     preferred_element_type=jnp.float32,
@@ -130,10 +144,10 @@ def _block(weight, differentiate, features, targets, weights):
   known = (targets >= 0) & (targets < weight.shape[0])
   target_logit = jnp.where(known, target_logit, jnp.nan)
   nll = (jnp.log(total) + largest)[:, 0] - target_logit
-  counts = weights != 0
   loss = jnp.where(counts, weights * nll, jnp.zeros_like(nll)).sum()
   # Ties go to the first, as argmax has it.
-  correct = (weights * (jnp.argmax(logits, -1) == targets)).sum()
+  best = jnp.argmax(logits, -1).astype(targets.dtype)
+  correct = jnp.where(best == targets, weights, jnp.zeros_like(weights)).sum()
   if not differentiate:
     return loss, correct
   d_logits = exponentials / total - hit.astype(jnp.float32)
@@ -145,5 +159,5 @@ def _block(weight, differentiate, features, targets, weights):
   ).astype(features.dtype)  # fmt: skip
   d_weight = jnp.einsum(
     "pv,pm->vm", d_logits, features, preferred_element_type=jnp.float32
-  ).astype(weight.dtype)
+  )
   return loss, correct, d_features, d_weight

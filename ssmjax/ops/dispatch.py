@@ -62,16 +62,16 @@ def run(
         f"{op}: implementation='pallas' {no_kernel}. Pass"
         " implementation='chunked', or None to choose."
       )
-    fallback = lambda *a: jax.tree.map(
-      functools.partial(_refuse_p.bind, op=op, have=tuple(sorted(kernels))),
-      chunked(*a),
-    )
   elif no_kernel is not None:
     return chunked(*args)
-  else:
-    fallback = chunked
-    if "cuda" in kernels and _visible_gpu_is_old():
-      kernels = {k: v for k, v in kernels.items() if k != "cuda"}
+  if "cuda" in kernels and _visible_gpu_is_old():
+    kernels = {k: v for k, v in kernels.items() if k != "cuda"}
+  fallback = chunked
+  if implementation == "pallas":
+    refuse = functools.partial(
+      _refuse_p.bind, op=op, have=tuple(sorted(kernels))
+    )
+    fallback = lambda *a: jax.tree.map(refuse, chunked(*a))
   if not kernels:
     return fallback(*args)
   branches = {
@@ -109,7 +109,8 @@ def _refuse_lowering(ctx, x, *, op, have):
   raise NotImplementedError(
     f"{op}: implementation='pallas' has no kernel for"
     f" {', '.join(platforms)}; it has"
-    f" {'kernels for ' + ', '.join(have) if have else 'none yet'}. Pass"
+    f" {'kernels for ' + ', '.join(have) if have else 'none here'} (on GPUs,"
+    " for sm_80 and newer). Pass"
     " implementation='chunked', or None to choose by platform."
   )
 

@@ -85,9 +85,7 @@ def linear_step(
   segment_ids: Int[Array, " B"] | None = None,
 ) -> tuple[Inexact[Array, "B *S"], Inexact[Array, "B *S"]]:
   """Advance `linear_scan` by one token: y, state, both `[B, *S]`."""
-  over_time = lambda x: None if x is None else x[:, None]
-  _check("linear_step", over_time(a), over_time(b), state,
-         over_time(segment_ids))  # fmt: skip
+  _check("linear_step", a, b, state, segment_ids, time=False)
   valid = None if segment_ids is None else segment_ids > 0
   y_dtype = _y_dtype(a, b, state)
   state = state.astype(state_dtype(a, b, state))
@@ -141,9 +139,7 @@ def _token(state, a, b, valid, restart):
 
 
 @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
-def _linear_scan(
-  a, b, initial_state, segment_ids, *, reverse, implementation
-):
+def _linear_scan(a, b, initial_state, segment_ids, *, reverse, implementation):
   dtype = state_dtype(a, b, initial_state)
   y_dtype = _y_dtype(a, b, initial_state)
   state = initial_state
@@ -197,15 +193,37 @@ def _adjoint_forward(reverse, a, b, state):
   return (y, final), (a, y, state)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _adjoint_backward(reverse, residuals, cotangents):
-  return _first_order(reverse, residuals, cotangents)
+  """gₜ = ȳₜ + aₜ₊₁ gₜ₊₁;  āₜ = gₜ hₜ₋₁,  b̄ₜ = gₜ;  h̄₀ = a₁ g₁."""
+  return lax.platform_dependent(
+    *residuals, *cotangents,
+    cpu=functools.partial(_backward_loop, reverse=reverse),
+    default=functools.partial(_backward_associative, reverse=reverse),
+  )  # fmt: skip
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _first_order(reverse, residuals, cotangents):
-  """gₜ = ȳₜ + aₜ₊₁ gₜ₊₁;  āₜ = gₜ hₜ₋₁,  b̄ₜ = gₜ."""
-  a, y, state = residuals
-  dy, dfinal = cotangents
+# A custom_jvp refuses a second derivative in either mode.
+@_adjoint_backward.defjvp
+def _refuse_second_derivative(reverse, primals, tangents):
+  raise NotImplementedError(
+    "linear_scan: implementation='chunked' has first-order derivatives only."
+    " Pass implementation='associative' to differentiate again."
+  )
+
+
+_adjoint_scan.defvjp(_adjoint_forward, _adjoint_backward)
+
+
+def _by_platform(a, b, state, *, reverse):
+  return lax.platform_dependent(
+    a, b, state,
+    cpu=functools.partial(_loop, reverse=reverse),
+    default=functools.partial(_associative, reverse=reverse),
+  )  # fmt: skip
+
+
+def _backward_associative(a, y, state, dy, dfinal, *, reverse):
   full = jnp.broadcast_to(a, (a.shape[0], y.shape[1], *a.shape[2:]))
   # The decay into the token *after* t, and the state before t.
   ones = jnp.ones_like(full[:, :1])
@@ -216,34 +234,11 @@ def _first_order(reverse, residuals, cotangents):
     after = jnp.concatenate([full[:, 1:], ones], 1)
     before = jnp.concatenate([state[:, None], y[:, :-1]], 1)
   # A cotangent in JAX pairs without conjugation, so complex a needs none.
-  g, _ = _by_platform(after, dy, dfinal, reverse=not reverse)
+  g, _ = _associative(after, dy, dfinal, reverse=not reverse)
   da = _sum_to(g * before, a.shape)
   first = -1 if reverse else 0
   dstate = full[:, first] * g[:, first]
   return da, g, dstate
-
-
-def _first_order_forward(reverse, residuals, cotangents):
-  return _first_order(reverse, residuals, cotangents), None
-
-
-def _first_order_backward(reverse, residuals, cotangents):
-  raise NotImplementedError(
-    "linear_scan: implementation='chunked' has first-order derivatives only."
-    " Pass implementation='associative' to differentiate again."
-  )
-
-
-_adjoint_scan.defvjp(_adjoint_forward, _adjoint_backward)
-_first_order.defvjp(_first_order_forward, _first_order_backward)
-
-
-def _by_platform(a, b, state, *, reverse):
-  return lax.platform_dependent(
-    a, b, state,
-    cpu=functools.partial(_loop, reverse=reverse),
-    default=functools.partial(_associative, reverse=reverse),
-  )  # fmt: skip
 
 
 def _loop(a, b, state, *, reverse):
@@ -260,6 +255,32 @@ def _loop(a, b, state, *, reverse):
 
   h, y = lax.fori_loop(0, length, body, (state, jnp.zeros_like(b)))
   return y, h
+
+
+def _backward_loop(a, y, state, dy, dfinal, *, reverse):
+  """The adjoint in the same manner: no shifted copy of a or y is made."""
+  length = y.shape[1]
+  shared = a.shape[1] == 1
+  row = lambda x, t: lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
+
+  def body(i, carry):
+    incoming, da, db = carry
+    t = i if reverse else length - 1 - i
+    previous = t + 1 if reverse else t - 1
+    g = row(dy, t) + incoming
+    # The state before the first token is not in y; the index is clamped.
+    before = jnp.where(i == length - 1, state, row(y, previous))
+    at = 0 if shared else t
+    part = _sum_to(g * before, (a.shape[0], *a.shape[2:]))
+    if shared:
+      part = part + row(da, 0)
+    da = lax.dynamic_update_index_in_dim(da, part, at, 1)
+    db = lax.dynamic_update_index_in_dim(db, g, t, 1)
+    return row(a, at) * g, da, db
+
+  zeros = (jnp.zeros_like(a), jnp.zeros_like(y))
+  dstate, da, db = lax.fori_loop(0, length, body, (dfinal, *zeros))
+  return da, db, dstate
 
 
 def _sum_to(x, shape):
@@ -282,11 +303,14 @@ def _y_dtype(a, b, state):
   return b.dtype
 
 
-def _check(function, a, b, initial_state, segment_ids):
-  check_inexact(function, a=a, b=b, initial_state=initial_state)
+def _check(function, a, b, state, segment_ids, *, time=True):
+  state_name = "initial_state" if time else "state"
+  check_inexact(function, a=a, b=b, **{state_name: state})
   shape, decay = jnp.shape(b), jnp.shape(a)
-  if len(shape) < 2:
-    raise ValueError(f"{function}: b has shape {shape}, expected (B, T, ...).")
+  axes = "B T" if time else "B"
+  if len(shape) < len(axes.split()):
+    expected = "(B, T, ...)" if time else "(B, ...)"
+    raise ValueError(f"{function}: b has shape {shape}, expected {expected}.")
   if len(decay) != len(shape) or any(
     n not in (1, m) for n, m in zip(decay, shape, strict=True)
   ):
@@ -294,15 +318,15 @@ def _check(function, a, b, initial_state, segment_ids):
       f"{function}: a has shape {decay}, expected {shape} or 1 along axes that"
       " b's other entries share. Add axes with a[..., None]."
     )
-  if shape[1] == 0:
+  if time and shape[1] == 0:
     raise ValueError(f"{function}: b has no time steps, expected T >= 1.")
-  rest = " ".join(map(str, shape[2:]))
+  rest = " ".join(map(str, shape[len(axes.split()) :]))
   check_shapes(
     function,
     {
-      "b": (b, f"B T {rest}"),
-      "initial_state": (initial_state, f"B {rest}"),
-      "segment_ids": (segment_ids, "B T"),
+      "b": (b, f"{axes} {rest}"),
+      state_name: (state, f"B {rest}"),
+      "segment_ids": (segment_ids, axes),
     },
   )
   check_segment_ids(function, segment_ids)

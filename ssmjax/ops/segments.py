@@ -25,15 +25,9 @@ def segment_masks(
   if segment_ids is None:
     return None, None
   if reverse:
-    valid, restart = segment_masks(segment_ids[:, ::-1])
+    valid, restart = _masks(segment_ids[:, ::-1])
     return valid[:, ::-1], restart[:, ::-1]
-  valid = segment_ids > 0
-  time = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-  seen = lax.cummax(jnp.where(valid, time, -1), axis=1)
-  # The last non-padding token strictly before each token; -1 for none.
-  before = jnp.pad(seen[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-  previous = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), 1)
-  return valid, valid & (before >= 0) & (previous != segment_ids)
+  return _masks(segment_ids)
 
 
 def last_valid(
@@ -43,3 +37,13 @@ def last_valid(
   length = valid.shape[1]
   index = length - 1 - jnp.argmax(valid[:, ::-1], axis=1).astype(jnp.int32)
   return index, valid.any(axis=1)
+
+
+def _masks(segment_ids):
+  valid = segment_ids > 0
+  time = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+  seen = lax.cummax(jnp.where(valid, time, -1), axis=1)
+  # The last non-padding token strictly before each token; -1 for none.
+  before = jnp.pad(seen[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  previous = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), 1)
+  return valid, valid & (before >= 0) & (previous != segment_ids)

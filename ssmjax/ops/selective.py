@@ -2,7 +2,7 @@
 
 The public door: shapes, padding, polarization and the choice of
 implementation. The implementations share one private contract, which knows
-neither segment ids nor zero-channels (see `_canonical`).
+neither segment ids nor zero-channels (see `_selective_scan`).
 """
 
 import functools
@@ -145,10 +145,8 @@ def selective_step(
   Returns:
     y `[B, D]` of u's dtype and the new state `[B, D, N]`.
   """
-  over_time = lambda x: None if x is None else x[:, None]
-  _check("selective_step", over_time(u), over_time(delta), A, over_time(B),
-         over_time(C), D, over_time(z), delta_bias, polarization, state,
-         over_time(segment_ids))  # fmt: skip
+  _check("selective_step", u, delta, A, B, C, D, z, delta_bias, polarization,
+         state, segment_ids, time=False)  # fmt: skip
   valid = None if segment_ids is None else segment_ids > 0
   return _token(
     state.astype(state_dtype(u, A, B, C, state)), u, delta, B, C, z, valid,
@@ -335,9 +333,7 @@ def _zero_state(
     return state
   if initial_state is None:
     initial_state = jnp.zeros_like(state)
-  return jnp.where(
-    any_valid[:, None, None], state, initial_state.astype(dtype)
-  )
+  return jnp.where(any_valid[:, None, None], state, initial_state.astype(dtype))
 
 
 def _of(x, dtype):
@@ -349,11 +345,12 @@ def _of(x, dtype):
 
 
 def _check(
-  function, u, delta, A, B, C, D, z, delta_bias, polarization, initial_state,
-  segment_ids,
+  function, u, delta, A, B, C, D, z, delta_bias, polarization, state,
+  segment_ids, *, time=True,
 ):  # fmt: skip
+  state_name = "initial_state" if time else "state"
   check_inexact(function, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z,
-                delta_bias=delta_bias, initial_state=initial_state)  # fmt: skip
+                delta_bias=delta_bias, **{state_name: state})  # fmt: skip
   for name, value in dict(
     u=u, delta=delta, D=D, z=z, delta_bias=delta_bias
   ).items():
@@ -369,7 +366,7 @@ def _check(
   hint = {}
   if polarization is not None:
     hint = dict.fromkeys(
-      ("B", "C", "initial_state"),
+      ("B", "C", state_name),
       f"N counts ones={polarization.ones}, the {shape[1]} columns of A and"
       f" zeros={polarization.zeros}"
       + (
@@ -379,22 +376,23 @@ def _check(
       ),
     )
   channels = f"N={total}"
+  axes = "B T" if time else "B"
   check_shapes(
     function,
     {
-      "u": (u, "B T D"),
-      "delta": (delta, "B T D"),
+      "u": (u, f"{axes} D"),
+      "delta": (delta, f"{axes} D"),
       "A": (A, f"D {shape[1]}"),
-      "B": (B, f"B T {channels}"),
-      "C": (C, f"B T {channels}"),
+      "B": (B, f"{axes} {channels}"),
+      "C": (C, f"{axes} {channels}"),
       "D": (D, "D"),
-      "z": (z, "B T D"),
+      "z": (z, f"{axes} D"),
       "delta_bias": (delta_bias, "D"),
-      "initial_state": (initial_state, f"B D {channels}"),
-      "segment_ids": (segment_ids, "B T"),
+      state_name: (state, f"B D {channels}"),
+      "segment_ids": (segment_ids, axes),
     },
     hint,
   )
-  if u.shape[1] == 0:
+  if time and u.shape[1] == 0:
     raise ValueError(f"{function}: u has no time steps, expected T >= 1.")
   check_segment_ids(function, segment_ids)

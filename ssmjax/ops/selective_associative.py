@@ -67,9 +67,7 @@ def selective_scan_chunks(
   state, A, D, delta_bias, *chunks = match_varying(
     state, A, D, delta_bias, *chunks
   )
-  body = functools.partial(
-    _chunk, delta_softplus=delta_softplus, ones=ones
-  )
+  body = functools.partial(_chunk, delta_softplus=delta_softplus, ones=ones)
 
   @jax.checkpoint
   def step(state, xs):
