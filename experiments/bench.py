@@ -1,0 +1,290 @@
+"""Time and temporary memory of the library's parts, side by side.
+
+Claim: the chunked selective scan is at least 20 times as fast as
+`jax.lax.associative_scan` over materialised `[B, T, D, N]` forward, and 15
+times forward and backward, on the two cores of a CPU, in a fraction of the
+memory.
+
+Command: `python -m experiments.bench scan --out experiments/results/scan.json`
+(about 10 minutes on two cores; `--shapes 8,512,256,16 --repeats 3` for one of
+them in seconds). Where torch, transformers or mamba.py are importable, their
+pure-torch scans are timed on the same inputs; they are never needed. One call
+of the chunked form keeps one core busy; `chunked, sharded` divides rows (or
+channels) over as many CPU devices as there are cores, as a training run does.
+
+Expected: one table for each shape, milliseconds as median (fastest to
+slowest) of runs that take turns, so that a busy machine slows all of them,
+and the ratio of each median to that of `associative`.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import ssmjax.ops
+from experiments.results import provenance, write_json
+
+_SHAPES = ("2,2048,1536,16", "1,16384,768,16", "8,512,256,16", "64,256,128,16")
+_ALL = (
+  "associative", "chunked", "chunked, sharded", "lax.scan", "transformers",
+  "mamba.py",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+  """The S6 scan with softplus, bias, skip and gate, float32."""
+
+  shapes: tuple[str, ...] = _SHAPES
+  """Each is B,T,D,N."""
+  forms: tuple[str, ...] = _ALL
+  """What to time; the first is what the others are compared with."""
+  repeats: int = 7
+  """Timed runs of each, in turns, after one that is not timed."""
+  seed: int = 0
+  out: pathlib.Path | None = None
+  """Where to write everything as JSON."""
+
+
+def main() -> None:
+  """Run the subcommand of the command line."""
+  jax.config.update("jax_num_cpu_devices", os.cpu_count())
+  tyro.extras.subcommand_cli_from_dict({"scan": _scan_command})
+
+
+def _scan_command(config: tyro.conf.OmitArgPrefixes[Scan]) -> None:
+  """Time the selective scans."""
+  results = [
+    bench_scan(tuple(map(int, shape.split(","))), config)
+    for shape in config.shapes
+  ]
+  if config.out:
+    settings = dataclasses.asdict(config) | dict(out=str(config.out))
+    write_json(
+      config.out, provenance() | dict(config=settings, results=results)
+    )
+    print(f"written: {config.out}")
+
+
+def bench_scan(shape: tuple[int, int, int, int], config: Scan) -> dict:
+  """Time every form at one shape and print the table."""
+  args = inputs(*shape, config.seed)
+  forms = _forms(args, config.forms)
+  rows = {}
+  for direction in ("forward", "forward+backward"):
+    runs, memory = {}, {}
+    for name, build in forms.items():
+      runs[name], memory[name] = build(direction == "forward+backward")
+    times = in_turns(runs, config.repeats)
+    base = statistics.median(times[next(iter(times))])
+    for name, seconds in times.items():
+      rows[f"{name}, {direction}"] = dict(
+        median_ms=statistics.median(seconds) * 1e3,
+        min_ms=min(seconds) * 1e3,
+        max_ms=max(seconds) * 1e3,
+        temporary_bytes=memory[name],
+        faster=base / statistics.median(seconds),
+      )
+  first = next(iter(forms))
+  print(f"\n(B, T, D, N) = {shape}; x: {first} / this")
+  for name, row in rows.items():
+    memory = row["temporary_bytes"]
+    print(
+      f"{name:32} {row['median_ms']:10.1f} ms"
+      f" ({row['min_ms']:.1f} to {row['max_ms']:.1f})"
+      f" {row['faster']:7.1f} x"
+      + ("" if memory is None else f" {memory / 1e6:10.1f} MB"),
+      flush=True,
+    )
+  return dict(shape=shape, rows=rows)
+
+
+def in_turns(
+  runs: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, list[float]]:
+  """Seconds of each run; one after the other, over and over."""
+  for run in runs.values():
+    run()
+  times = {name: [] for name in runs}
+  for _ in range(repeats):
+    for name, run in runs.items():
+      start = time.perf_counter()
+      run()
+      times[name].append(time.perf_counter() - start)
+  return times
+
+
+def inputs(batch, length, channels, states, seed=0) -> dict[str, np.ndarray]:
+  """Mamba's ranges: Δ of 0.001 to 0.1, A of -1 to -N."""
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), channels))
+  A = -np.arange(1, states + 1, dtype=np.float32)
+  return dict(
+    u=draw(batch, length, channels),
+    delta=draw(batch, length, channels) / 2,
+    A=np.broadcast_to(A, (channels, states)).copy(),
+    B=draw(batch, length, states),
+    C=draw(batch, length, states),
+    D=np.ones(channels, np.float32),
+    z=draw(batch, length, channels),
+    delta_bias=np.log(np.expm1(step)).astype(np.float32),
+  )
+
+
+def _forms(args, wanted) -> dict[str, Callable]:
+  """`build(backward) -> (run, temporary bytes)` by name, for what is here."""
+  door = ssmjax.ops.selective_scan
+  found = {
+    "associative": functools.partial(door, implementation="associative"),
+    "chunked": functools.partial(door, implementation="chunked"),
+    "chunked, sharded": _sharded_scan,
+    "lax.scan": _plain_scan,
+  }
+  forms = {}
+  for name in wanted:
+    if name in found:
+      forms[name] = functools.partial(_build_jax, found[name], args)
+    elif name in _TORCH:
+      module, build = _TORCH[name]
+      missing = [m for m in ("torch", module) if not _importable(m)]
+      if missing:
+        print(f"{name}: skipped, no module {' or '.join(missing)} here.")
+      else:
+        forms[name] = functools.partial(build, args)
+    else:
+      raise ValueError(f"bench: no form {name!r}, expected some of {_ALL}.")
+  return forms
+
+
+def _importable(module) -> bool:
+  return importlib.util.find_spec(module) is not None
+
+
+def _build_jax(function, args, backward):
+  args = jax.device_put(args)
+  scan = lambda args: function(**args, delta_softplus=True)[0]
+
+  def both(args):
+    y, pull = jax.vjp(scan, args)
+    return y, pull(y)
+
+  compiled = jax.jit(both if backward else scan).lower(args).compile()
+  analysis = compiled.memory_analysis()
+  memory = None if analysis is None else analysis.temp_size_in_bytes
+  return lambda: jax.block_until_ready(compiled(args)), memory
+
+
+def _sharded_scan(**args):
+  """Rows over the devices; channels, where the rows cannot be divided."""
+  delta_softplus = args.pop("delta_softplus")
+  mesh = jax.make_mesh(
+    (jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  if args["u"].shape[0] % jax.device_count() == 0:
+    y = P("x")
+    specs = {k: P() if k in ("A", "D", "delta_bias") else y for k in args}
+  else:
+    y = P(None, None, "x")
+    specs = {k: y if k in ("u", "delta", "z") else P("x") for k in args}
+    specs |= dict(B=P(), C=P())
+
+  def scan(args):
+    return ssmjax.ops.selective_scan(
+      **args, delta_softplus=delta_softplus, implementation="chunked"
+    )[0]
+
+  scan = jax.shard_map(scan, mesh=mesh, in_specs=(specs,), out_specs=y)
+  return (scan(args),)
+
+
+def _plain_scan(u, delta, A, B, C, D, z, delta_bias, *, delta_softplus):
+  """What one writes first: `lax.scan` over time with state `[B, D, N]`."""
+  del delta_softplus  # Always on here.
+  dt = jax.nn.softplus(delta + delta_bias)
+
+  def step(h, token):
+    u, dt, B, C = token
+    h = jnp.exp(dt[..., None] * A) * h + (dt * u)[..., None] * B[:, None]
+    return h, jnp.einsum("bdn,bn->bd", h, C)
+
+  time_first = lambda x: jnp.moveaxis(x, 1, 0)
+  h = jnp.zeros((u.shape[0], *A.shape), jnp.float32)
+  h, y = lax.scan(step, h, tuple(map(time_first, (u, dt, B, C))))
+  y = jnp.moveaxis(y, 0, 1) + D * u
+  return y * jax.nn.silu(z), h
+
+
+def _torch_inputs(args, backward):
+  import torch
+
+  return {k: torch.tensor(v, requires_grad=backward) for k, v in args.items()}
+
+
+def _torch_runner(scan, args, backward):
+  import torch
+
+  def run():
+    with torch.set_grad_enabled(backward):
+      y = scan(**args)
+      if backward:
+        torch.autograd.grad(y, tuple(args.values()), y)
+
+  return run, None
+
+
+def _build_transformers(args, backward):
+  """The loop of transformers' `MambaMixer.slow_forward`, from Δ on."""
+  import torch
+  import torch.nn.functional as F
+
+  def scan(u, delta, A, B, C, D, z, delta_bias):
+    dt = F.softplus(delta + delta_bias).transpose(1, 2)
+    x = u.transpose(1, 2)
+    decay = torch.exp(A[None, :, None, :] * dt[:, :, :, None])
+    write = dt[:, :, :, None] * B[:, None, :, :] * x[:, :, :, None]
+    h = torch.zeros(u.shape[0], *A.shape)
+    ys = []
+    for t in range(u.shape[1]):
+      h = decay[:, :, t] * h + write[:, :, t]
+      ys.append(torch.matmul(h, C[:, t, :, None])[:, :, 0])
+    y = torch.stack(ys, -1) + x * D[None, :, None]
+    return (y * F.silu(z.transpose(1, 2))).transpose(1, 2)
+
+  return _torch_runner(scan, _torch_inputs(args, backward), backward)
+
+
+def _build_mambapy(args, backward):
+  """The parallel scan of mamba.py, in its `selective_scan`."""
+  import torch
+  import torch.nn.functional as F
+  from mambapy.pscan import pscan
+
+  def scan(u, delta, A, B, C, D, z, delta_bias):
+    dt = F.softplus(delta + delta_bias)
+    decay = torch.exp(dt[..., None] * A)
+    h = pscan(decay, dt[..., None] * B[:, :, None] * u[..., None])
+    return ((h @ C[..., None])[..., 0] + D * u) * F.silu(z)
+
+  return _torch_runner(scan, _torch_inputs(args, backward), backward)
+
+
+_TORCH = {
+  "transformers": ("transformers", _build_transformers),
+  "mamba.py": ("mambapy", _build_mambapy),
+}
+
+if __name__ == "__main__":
+  main()
