@@ -17,7 +17,7 @@ from ssmjax.ops.selective_chunked_forward import (
 )
 from ssmjax.ops.varying import match_varying
 
-_BACKWARD_STATE = 2048  # Elements; a chunk of states stays in the L2 cache.
+_BACKWARD_STATE = 4096  # Elements; a chunk of states stays in the L2 cache.
 
 
 def backward_blocks(static, rows, shared):
@@ -175,7 +175,7 @@ def _recompute(h, token, own, scratch):
 
 def _reverse(g, token, own, sums, scratch, lanes):
   """Go back through a chunk. g is the cotangent of the state it ends in."""
-  steps = scratch["decay"].shape[0]
+  steps, states, width = scratch["decay"].shape
   all_h, decay = scratch["h"], scratch["decay"]
 
   def step(i, carry):
@@ -185,22 +185,23 @@ def _reverse(g, token, own, sums, scratch, lanes):
     g = g + row("C")[:, None] * row("d_out")[None]
     g = lax.optimization_barrier(g)
     d_dx = put(d_dx, contract(row("B"), g)[None], (k, 0))
-    d_B = put(d_B, _fold(g * row("new_dx")[None], lanes)[None], (k, 0, 0))
-    after = take(all_h, k + 1)
-    d_C = put(
-      d_C, _fold(after * row("new_d_out")[None], lanes)[None], (k, 0, 0)
-    )
-    before = take(all_h, k)
-    if "restart" in token:
-      before = jnp.where(row("restart"), jnp.zeros_like(before), before)
+    d_B = put(d_B, _fold(g, row("new_dx"), lanes)[None], (k, 0, 0))
+    after = _fold(all_h, row("new_d_out"), lanes, k + 1)
+    d_C = put(d_C, after[None], (k, 0, 0))
     g = lax.optimization_barrier(g * take(decay, k))
-    through = g * before
-    d_rate = put(
-      d_rate,
-      fw.tree_sum([through[n] * own["A"][n] for n in range(g.shape[0])])[None],
-      (k, 0),
-    )
-    sum_A = sum_A + through * row("dt")[None]
+
+    def before(n):
+      h = get(all_h, (k, n, 0), (1, 1, width))[0, 0]
+      if "restart" in token:
+        h = jnp.where(row("restart"), jnp.zeros_like(h), h)
+      return h
+
+    through = [g[n] * before(n) * own["A"][n] for n in range(states)]
+    d_rate = put(d_rate, fw.tree_sum(through)[None], (k, 0))
+    h = take(all_h, k)
+    if "restart" in token:
+      h = jnp.where(row("restart"), jnp.zeros_like(h), h)
+    sum_A = sum_A + g * h * row("dt")[None]
     return g, sum_A, d_dx, d_rate, d_B, d_C
 
   carry = (
@@ -234,8 +235,9 @@ def _chunk_grads(token, own, sums, scratch, grads, b, start, d):
   # Steps before `first` add zero: their d_out and dx are zero.
   added = dict(B=_sum_lanes(scratch["B"]), C=_sum_lanes(scratch["C"]))
   if "direct" in token:
-    lanes = _fold(token["new_d_out"] * token["dx"], scratch["B"].shape[-1])
-    added["direct"] = _sum_lanes(lanes)
+    product = token["new_d_out"] * token["dx"]
+    ones = jnp.ones_like(product[0])
+    added["direct"] = _sum_lanes(_fold(product, ones, scratch["B"].shape[-1]))
   for name, x in added.items():
     at = (b, start, 0)[: x.ndim + 1]
     old = get(grads[name], at, (1, *x.shape))
@@ -255,7 +257,16 @@ def _sum_lanes(x):
   return fw.tree_sum([x[..., i] for i in range(x.shape[-1])])
 
 
-def _fold(x, lanes):
-  """`[N, W]` added up to `[N, lanes]` in whole vectors."""
-  _, width = x.shape
-  return fw.tree_sum([x[:, i : i + lanes] for i in range(0, width, lanes)])
+def _fold(x, weights, lanes, k=None):
+  """The sum over w of x `[N, W]`, or x[k], times `[W]`, as `[N, lanes]`.
+
+  Slices come before the product, or the product would be kept in memory.
+  """
+  (width,) = weights.shape
+  if k is None:
+    part = lambda i: x[:, i : i + lanes]
+  else:
+    part = lambda i: get(x, (k, 0, i), (1, x.shape[1], lanes))[0]
+  return fw.tree_sum(
+    [part(i) * weights[None, i : i + lanes] for i in range(0, width, lanes)]
+  )
