@@ -152,13 +152,11 @@ def check(args, *, delta_softplus=True, ones=0, dtype=None):
   ("batch", "length", "channels", "states"),
   [
     (1, 1, 1, 1),
-    (2, 1, 3, 2),
     (1, 5, 1, 16),
-    (2, 16, 16, 16),
     (3, 33, 20, 17),
-    (1, 50, 150, 18),
+    (1, 50, 300, 18),
     (2, 19, 130, 64),
-    (2, 40, 300, 2),
+    (2, 18, 9, 2),
   ],
 )
 def test_chunked_scan_equals_the_definition_at_odd_shapes(
@@ -188,13 +186,14 @@ def test_chunked_scan_equals_the_definition_in_its_options(
   check(args, delta_softplus=softplus)
 
 
-@pytest.mark.parametrize("ones", [1, 2])
-def test_one_channels_accumulate_without_decay(strict, ones):
+def test_one_channels_accumulate_without_decay(strict):
+  ones = 2
   args = make(2, 35, 20, 5, ones=ones)
   check(args, ones=ones)
   big = args | dict(delta=jnp.full_like(args["delta"], 50.0))
   unread = big | dict(u=jnp.zeros_like(big["u"]))
-  _, state = selective_scan_chunked(**unread, delta_softplus=True, ones=ones)
+  scan = functools.partial(selective_scan_chunked, delta_softplus=True)
+  _, state = jax.jit(functools.partial(scan, ones=ones))(**unread)
   kept = args["initial_state"][..., :ones]
   np.testing.assert_array_equal(state[..., :ones], kept)
 
@@ -202,9 +201,10 @@ def test_one_channels_accumulate_without_decay(strict, ones):
 def test_padding_that_is_nan_changes_nothing(strict):
   clean = make(2, 37, 24, 4, valid=True, restart=True)
   dirty = make(2, 37, 24, 4, valid=True, restart=True, nan=True)
-  static = dict(delta_softplus=True, ones=0)
-  expected = pull(selective_scan_chunked, clean, **static)
-  actual = pull(selective_scan_chunked, dirty, **static)
+  run = jax.jit(
+    functools.partial(pull, selective_scan_chunked, delta_softplus=True, ones=0)
+  )
+  expected, actual = run(clean), run(dirty)
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
   (y, _), grads = actual
   outside = ~np.asarray(clean["valid"])
@@ -217,21 +217,21 @@ def test_restart_forgets_even_an_infinite_state(strict):
   args = make(2, 20, 8, 3, restart=True)
   args["restart"] = args["restart"].at[:, 7].set(True)
   state = args["initial_state"].at[0].set(jnp.inf)
-  static = dict(delta_softplus=True, ones=0)
-  out, _ = pull(selective_scan_chunked, args, **static)
-  bad, _ = pull(
-    selective_scan_chunked, args | dict(initial_state=state), **static
+  run = jax.jit(
+    functools.partial(selective_scan_chunked, delta_softplus=True, ones=0)
   )
+  out, bad = run(**args), run(**args | dict(initial_state=state))
   np.testing.assert_array_equal(out[0][:, 7:], bad[0][:, 7:])
   np.testing.assert_array_equal(out[1], bad[1])
 
 
-@pytest.mark.parametrize("rate", [-1e3, -1e30, -np.inf])
-def test_decay_without_bound_is_zero(strict, rate):
+def test_decay_without_bound_is_zero(strict):
   args = make(1, 20, 8, 3, without=("initial_state",))
-  args["A"] = jnp.full_like(args["A"], rate)
+  rates = jnp.array([-1e3, -1e30, -jnp.inf])
+  args["A"] = jnp.broadcast_to(rates[None], (8, 3))
   args["delta"] = args["delta"] + 5
-  y, state = selective_scan_chunked(**args, delta_softplus=True, ones=0)
+  scan = functools.partial(selective_scan_chunked, delta_softplus=True, ones=0)
+  y, state = jax.jit(scan)(**args)
   dt = jax.nn.softplus(args["delta"] + args["delta_bias"][None, None])
   last = (dt * args["u"])[:, -1, :, None] * args["B"][:, -1, None]
   np.testing.assert_allclose(state, last, rtol=1e-5)
@@ -250,7 +250,7 @@ def test_chunked_scan_of_float64_is_exact(strict, x64):
   assert state.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("mapped", [("u", "initial_state"), ("A",), NAMES])
+@pytest.mark.parametrize("mapped", [("A",), NAMES])
 def test_vmap_equals_a_loop(strict, mapped):
   one = [make(2, 21, 20, 3, seed=s, valid=True, restart=True) for s in range(3)]
   stacked = {
@@ -258,10 +258,10 @@ def test_vmap_equals_a_loop(strict, mapped):
     for k in NAMES
   }
   axes = {k: 0 if k in mapped else None for k in NAMES}
-  run = lambda args: pull(
-    selective_scan_chunked, args, delta_softplus=True, ones=0
+  run = jax.jit(
+    functools.partial(pull, selective_scan_chunked, delta_softplus=True, ones=0)
   )
-  actual = jax.vmap(run, in_axes=(axes,))(stacked)
+  actual = jax.jit(jax.vmap(run, in_axes=(axes,)))(stacked)
   for s in range(3):
     args = {k: one[s][k] if k in mapped else one[0][k] for k in NAMES}
     jax.tree.map(
@@ -283,6 +283,7 @@ def test_vmap_of_vmap_keeps_groups_and_rows_apart(strict):
   args["A"] = args["A"][:, 0]  # Mapped by the outer axis only.
   inner = {k: None if k == "A" else 0 for k in NAMES}
   run = lambda args: selective_scan_chunked(**args, delta_softplus=True, ones=0)
+  run = jax.jit(run)
   y, _ = jax.vmap(jax.vmap(run, in_axes=(inner,)))(args)
   for i in range(2):
     for j in range(3):
@@ -351,7 +352,7 @@ def test_second_derivative_names_the_form_that_has_one(strict):
 
   slope = lambda u: (jax.grad(loss)(u) ** 2).sum()
   with pytest.raises(NotImplementedError, match='implementation="associative"'):
-    jax.grad(slope)(args["u"])
+    jax.jit(jax.grad(slope))(args["u"])
 
 
 def test_temporary_memory_grows_as_time_over_chunk():
