@@ -39,7 +39,7 @@ class Toy(nnx.Module):
   """Parameters of every sort: nested, in a list, with names for the mask."""
 
   def __init__(self, seed):
-    keys = jax.random.split(jax.random.key(seed), 2)
+    keys = jax.random.split(jax.random.key(seed), 1)
     self.A_log = nnx.Param(jnp.linspace(-1.0, 1.0, 16).reshape(8, 2))
     self.layers = nnx.List([Layer(key) for key in keys])
     self.scale = nnx.Param(jnp.ones(8))

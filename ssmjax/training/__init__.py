@@ -3,7 +3,8 @@
 from ssmjax.training.checkpoints import Checkpoints, CheckpointWarning
 from ssmjax.training.config import FitConfig, FitResult, Hook
 from ssmjax.training.determinism import ensure_deterministic
-from ssmjax.training.loop import NonFiniteError, fit, load
+from ssmjax.training.loading import load
+from ssmjax.training.loop import NonFiniteError, fit
 from ssmjax.training.metrics import WALL_CLOCK, read_metrics
 from ssmjax.training.optimizers import (
   adamw,

@@ -54,6 +54,8 @@ class RunFolder:
           f"fit: another process trains in {self._directory}; wait for it or "
           "choose another folder."
         ) from None
+      except OSError:
+        pass  # a file system without locks
       try:
         self._check_config()
       except BaseException:
@@ -120,9 +122,11 @@ class StopRequest:
   def reason(self, due: list[str], save_seconds: float) -> str | None:
     """Says why to stop now, given what is due before the next chance to."""
     reserve = 1.0 + 2 * save_seconds
+    # The first cell compiles; until another has run, it stands for all.
+    unknown = self._recent.get("compile", [0.0])
     for name in due:
-      times = 3 if name == "cell" else 1
-      reserve += times * max(self._recent.get(name, [0.0]))
+      times = 3 if name == "cell" and "cell" in self._recent else 1
+      reserve += times * max(self._recent.get(name, unknown))
     late = self._end is not None and time.monotonic() + reserve > self._end
     if _any_process(self._terminated):
       return "sigterm"

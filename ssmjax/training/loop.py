@@ -1,24 +1,23 @@
 """`fit`: a run that can be killed at any moment and goes on exactly."""
 
 import collections
-import functools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from ssmjax.training import sharding, sources, step
-from ssmjax.training.checkpoints import Checkpoints, load_params
+from ssmjax.training.checkpoints import Checkpoints
 from ssmjax.training.config import FitConfig, FitResult, Hook
 from ssmjax.training.determinism import ensure_deterministic
 from ssmjax.training.folder import RunFolder, StopRequest
+from ssmjax.training.loading import abstract_state, unstacked, with_sharding
 from ssmjax.training.metrics import MetricsLog, Progress, Sums
 
 
@@ -100,39 +99,13 @@ def fit(
   ensure_deterministic()  # still in time where JAX has not started
   mesh = sharding.data_mesh() if mesh is None else mesh
   sharding.check_mesh(mesh)
+  if config.best is not None and evaluate is None:
+    raise ValueError(
+      f"fit: FitConfig.best is {config.best!r}, which needs evaluate=."
+    )
   return _Run(
     init, loss, optimizer, data, config, directory, settings, evaluate, mesh
   ).fit(hooks)
-
-
-def load(
-  directory: str | pathlib.Path,
-  init: Callable[[int], Any],
-  *,
-  seeds: tuple[int, ...] = (0,),
-  at: int | Literal["latest", "best"] = "latest",
-  best_mode: Literal["max", "min"] = "max",
-) -> tuple[Any, ...]:
-  """Loads the models of a run's checkpoint, one per seed.
-
-  Args:
-    directory: the run's folder.
-    init: as given to `fit`; it is not run, only its shapes are used.
-    seeds: as given to `fit`.
-    at: a step, or "latest", or "best" by the run's `best` metric.
-    best_mode: as given to `fit`.
-  """
-  graphdef, abstract = _abstract(init, optax.identity(), seeds)
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  params = load_params(
-    directory,
-    _with_sharding(
-      abstract.params, jax.tree.map(lambda _: device, abstract.params)
-    ),
-    step=at,
-    best_mode=best_mode,
-  )
-  return _models(graphdef, params, len(seeds))
 
 
 class _Run:
@@ -165,7 +138,7 @@ class _Run:
 
   def fit(self, hooks: Sequence[Hook]) -> FitResult:
     config = self._config
-    self._graphdef, abstract = _abstract(
+    self._graphdef, abstract = abstract_state(
       self._init, self._optimizer, config.seeds
     )
     parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
@@ -214,7 +187,7 @@ class _Run:
       )
       self._state = copy(state)
       return
-    abstract = _with_sharding(abstract, shardings)
+    abstract = with_sharding(abstract, shardings)
     self._state, progress = self._checkpoints.restore(abstract)
     self._step = progress["step"]
     self._sums = Sums(progress["sums"])
@@ -291,6 +264,8 @@ class _Run:
       save |= improved
       if passed:
         self._over = "stopped early"
+        if self._sums:  # what no line has yet
+          self._write_line(self._step)
     for hook in hooks:
       hook(self._step, self._models)
     if last:
@@ -440,34 +415,6 @@ class _Run:
     return sources.next_boundary(self._step, config.steps, config.grid())
 
   def _models(self) -> tuple[Any, ...]:
-    return _models(self._graphdef, self._state.params, len(self._config.seeds))
-
-
-def _abstract(init, optimizer, seeds) -> tuple[Any, step.TrainState]:
-  """Structure and shapes of the state, without computing it."""
-  found = []
-
-  def build():
-    graphdef, state = step.init_state(init, optimizer, seeds)
-    found.append(graphdef)
-    return state
-
-  state = jax.eval_shape(build)
-  return found[0], state
-
-
-def _with_sharding(abstract, shardings):
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract,
-    shardings,
-  )
-
-
-def _models(graphdef, params, seeds: int) -> tuple[Any, ...]:
-  return tuple(nnx.merge(graphdef, tree) for tree in _unstack(params, seeds))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _unstack(params, seeds: int):
-  return [jax.tree.map(lambda x, i=i: x[i], params) for i in range(seeds)]
+    return unstacked(
+      self._graphdef, self._state.params, len(self._config.seeds)
+    )

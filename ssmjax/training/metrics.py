@@ -28,6 +28,9 @@ class Sums:
       name: np.asarray(pairs) for name, pairs in (values or {}).items()
     }
 
+  def __bool__(self) -> bool:
+    return bool(self._values)
+
   def add(self, metrics: dict[str, np.ndarray]) -> None:
     """Adds arrays `[steps, S, 2]`."""
     for name, pairs in metrics.items():
