@@ -47,7 +47,8 @@ class Arguments:
   Attributes:
     preset: smoke (under a minute), cpu (minutes, toy scale), paper (Table 2/5
       exactly), paper-short (its models, a few epochs).
-    out: folder for runs, results, table and plot.
+    out: folder for runs, results, table and plot; by default
+      runs/recall-<preset>, with mix and initialisation for the paper presets.
     rows: train and report these rows only.
     seeds: one run each; all seeds of a row are trained at once.
     seeds_at_once: at most so many (0: all), where memory is short.
@@ -60,7 +61,7 @@ class Arguments:
   """
 
   preset: Literal["smoke", "cpu", "paper", "paper-short"] = "cpu"
-  out: pathlib.Path = pathlib.Path("runs/recall")
+  out: pathlib.Path | None = None
   rows: tuple[str, ...] | None = None
   seeds: tuple[int, ...] = (0,)
   seeds_at_once: int = 0
@@ -81,6 +82,7 @@ def main(arguments: Arguments) -> int:
     mix=arguments.mix,
     epochs=arguments.epochs,
   )
+  out = arguments.out or _default_out(arguments, made)
   rows = _chosen(made, arguments.rows)
   if not arguments.report_only:
     at_once = arguments.seeds_at_once or len(arguments.seeds)
@@ -93,11 +95,11 @@ def main(arguments: Arguments) -> int:
         left = None
         if arguments.minutes is not None:
           left = arguments.minutes - (time.monotonic() - started) / 60
-        if not run_row(made, row, seeds, arguments.out, minutes=left):
+        if not run_row(made, row, seeds, out, minutes=left):
           print("Not finished: the same command goes on from here.")
-          recall_report.report(arguments.out, made, arguments.preset)
+          recall_report.report(out, made, arguments.preset)
           return 0
-  recall_report.report(arguments.out, made, arguments.preset)
+  recall_report.report(out, made, arguments.preset)
   return 0
 
 
@@ -193,6 +195,13 @@ def _chosen(made: Setting, names: tuple[str, ...] | None) -> tuple[Row, ...]:
   return tuple(known[name] for name in names)
 
 
+def _default_out(arguments: Arguments, made: Setting) -> pathlib.Path:
+  name = f"recall-{arguments.preset}"
+  if arguments.preset.startswith("paper"):
+    name += f"-{arguments.mix}-mix-{made.init}-init"
+  return pathlib.Path("runs") / name
+
+
 def _identity(made: Setting, row: Row) -> dict:
   """What decides a row's numbers, JSON-able."""
   fields = dataclasses.asdict(made)
@@ -230,7 +239,7 @@ def _test_batch(model, config: data.RecallConfig, first, count: int):
 
 
 def _answers(made: Setting, model, config, size):
-  """All test answers of one segment: right `[size, Q]`, distance `[size, Q]`."""
+  """All test answers of one segment: right and distance, `[size, Q]`."""
   parts = []
   for first in range(0, size, made.test_batch):
     count = min(made.test_batch, size - first)
@@ -257,7 +266,7 @@ def _by_distance(made: Setting, model) -> dict:
     octave = np.floor(np.log2(distance)).astype(int)
     distances[str(config.num_pairs)] = [
       {
-        "from": 2**int(o),
+        "from": 2 ** int(o),
         "below": 2 ** int(o + 1),
         "right": int(right[octave == o].sum()),
         "asked": int((octave == o).sum()),

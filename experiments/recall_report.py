@@ -50,8 +50,7 @@ def _collect(out: pathlib.Path, made: Setting) -> list[dict[str, Any]]:
   for path in sorted(out.glob("*/seeds-*/result.json")):
     result = json.loads(path.read_text())
     if result["label"] == made.label and result["row"] in order:
-      if result["setting"]["init"] == made.init:
-        found[result["row"]].append(result)
+      found[result["row"]].append(result)
   rows = []
   for name in sorted(found, key=order.__getitem__):
     results = found[name]

@@ -119,9 +119,11 @@ def setting(
     made = _CPU
   else:
     made = _paper(mix, epochs or {"paper": 64, "paper-short": 2}[preset])
-  if init is not None:
-    made = dataclasses.replace(made, init=init)
-  return made
+  made = dataclasses.replace(made, init=init or made.init)
+  whose = {"mamba": "Mamba's", "authors": "the authors'"}[made.init]
+  return dataclasses.replace(
+    made, label=f"{made.label}; {whose} initialisation"
+  )
 
 
 def model_config(setting: Setting, row: Row) -> models.ModelConfig:
@@ -174,7 +176,9 @@ def _rows(*layers: int) -> tuple[Row, ...]:
   ]
   return (
     *rows,
-    *(Row(f"transformer-{depth}", depth, None, "attention") for depth in layers),
+    *(
+      Row(f"transformer-{depth}", depth, None, "attention") for depth in layers
+    ),
   )
 
 
