@@ -11,7 +11,15 @@ from flax import nnx
 
 from ssmjax.models.layers import dense, normal, torch_uniform
 from ssmjax.ops.segments import segment_masks
-from ssmjax.types import Array, Bool, Float, Int, check_choice, check_shapes
+from ssmjax.types import (
+  Array,
+  Bool,
+  Float,
+  Int,
+  check_choice,
+  check_segment_ids,
+  check_shapes,
+)
 
 __all__ = ["Attention", "AttentionConfig", "AttentionState", "token_positions"]
 
@@ -104,9 +112,7 @@ class Attention(nnx.Module):
     self.d_model = d_model
     keys = jax.random.split(rngs.params(), 2)
     own = config.init == "mamba"
-    draw = (
-      functools.partial(torch_uniform, fan_in=d_model) if own else normal
-    )
+    draw = functools.partial(torch_uniform, fan_in=d_model) if own else normal
     self.in_proj = nnx.Param(draw(keys[0], (d_model, 3 * d_model)))
     self.out_proj = nnx.Param(
       draw(keys[1], (d_model, d_model)) / math.sqrt(2 * n_layers)
@@ -131,12 +137,14 @@ class Attention(nnx.Module):
       forgotten silently.
 
     Raises:
-      ValueError: x of another width, or longer than `max_length`.
+      ValueError: x of another width, or longer than a given state's capacity
+        (without one, it becomes at least x's length).
     """
     check_shapes(
       "Attention", {"x": (x, f"B T M={self.d_model}"),
                     "segment_ids": (segment_ids, "B T")}
     )  # fmt: skip
+    check_segment_ids("Attention", segment_ids)
     batch, length, _ = x.shape
     if state is None:
       state = self.init_state(batch, max(length, self.config.max_length))
@@ -153,14 +161,15 @@ class Attention(nnx.Module):
       segment_ids = jnp.ones((batch, length), jnp.int32)
     valid = segment_ids > 0
     x_dtype = x.dtype
-    x = jnp.where(valid[..., None], x, jnp.zeros_like(x))
     segment, position = token_positions(segment_ids, state.length)
+    capacity = state.keys.shape[1]
+    full = (segment == 0) & (position >= capacity) & valid
+    # A NaN key or value, masked or not, would reach the tokens before it.
+    x = jnp.where((valid & ~full)[..., None], x, jnp.zeros_like(x))
     q, k, v = self._project(x, position)
     # A token of the first segment goes on from the state.
     old = None if fresh else (state.keys, state.values, state.length)
     y = _attend(q, k, v, segment, valid, old)
-    capacity = state.keys.shape[1]
-    full = (segment == 0) & (position >= capacity) & valid
     state = _append(state, k, v, segment, position, valid)
     y = y.reshape(batch, length, self.d_model)
     y = dense(y, self.out_proj[...]).astype(x_dtype)

@@ -68,7 +68,8 @@ def generate(
 
   Raises:
     ValueError: no tokens asked for, a temperature that is not above 0, a
-      top_k that is not a number of tokens of the vocabulary.
+      top_k that is not a number of tokens of the vocabulary, more tokens than
+      a model with learned positions has positions for.
   """
   check_shapes(
     "generate",
@@ -87,6 +88,15 @@ def generate(
   if top_k is not None and not 1 <= top_k <= vocabulary:
     raise ValueError(
       f"generate: top_k is {top_k}, expected 1 to vocab_size={vocabulary}."
+    )
+  positions = model.config.max_positions
+  # The last new token is not read.
+  needed = prompt.shape[1] + max_new_tokens - 1
+  if positions is not None and needed > positions:
+    raise ValueError(
+      f"generate: the prompt's {prompt.shape[1]} tokens and"
+      f" max_new_tokens={max_new_tokens} need {needed} positions, expected at"
+      f" most max_positions={positions}. Ask for fewer, or cut the prompt."
     )
   return _generate(
     model, prompt, key, jnp.float32(temperature), segment_ids,

@@ -1,6 +1,7 @@
 """The language model around any mixer: embed, blocks, norm, logits."""
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -8,9 +9,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax.models.attention import token_positions
-from ssmjax.models.layers import LayerNorm, RMSNorm, dense, normal, torch_uniform
+from ssmjax.models.layers import (
+  LayerNorm,
+  RMSNorm,
+  dense,
+  normal,
+  torch_uniform,
+)
 from ssmjax.models.mamba import MambaConfig
-from ssmjax.types import Array, Float, Int, check_choice, check_shapes
+from ssmjax.types import (
+  Array,
+  Float,
+  Int,
+  check_choice,
+  check_segment_ids,
+  check_shapes,
+)
 
 __all__ = ["Block", "LanguageModel", "ModelConfig", "ModelState"]
 
@@ -71,10 +85,14 @@ class ModelConfig:
   def __post_init__(self):
     check_choice("ModelConfig", "final_norm", self.final_norm, ("rms", "layer"))
     check_choice("ModelConfig", "init", self.init, ("mamba", "authors"))
-    for name in ("vocab_size", "d_model", "n_layers"):
-      if getattr(self, name) < 1:
+    least = {"vocab_size": 1, "d_model": 1, "n_layers": 1, "mlp_ratio": 0}
+    if self.max_positions is not None:
+      least["max_positions"] = 1
+    for name, number in least.items():
+      if getattr(self, name) < number:
         raise ValueError(
-          f"ModelConfig: {name} is {getattr(self, name)}, expected 1 or more."
+          f"ModelConfig: {name} is {getattr(self, name)}, expected {number} or"
+          " more."
         )
     if not self.mixers or self.n_layers % len(self.mixers):
       raise ValueError(
@@ -152,9 +170,7 @@ class LanguageModel(nnx.Module):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
     key = rngs.params()
-    self.embedding = nnx.Param(
-      normal(key, (config.vocab_size, config.d_model))
-    )
+    self.embedding = nnx.Param(normal(key, (config.vocab_size, config.d_model)))
     shape = (config.max_positions, config.d_model)
     self.positions = (
       None
@@ -199,24 +215,11 @@ class LanguageModel(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B V"], ModelState]:
     """Run over one token: logits `[B, V]` and the new state."""
-    check_shapes(
-      "LanguageModel.step",
-      {"tokens": (tokens, "B"), "segment_ids": (segment_ids, "B")},
-    )
+    _check("LanguageModel.step", tokens, segment_ids, "B")
     ids = None if segment_ids is None else segment_ids[:, None]
-    x, _, length = self._embed(tokens[:, None], state.length, ids)
-
-    def body(x, xs):
-      blocks, states = xs
-      new = []
-      for block, layer_state in zip(blocks, states, strict=True):
-        x, layer_state = block.step(x, layer_state, segment_ids)
-        new.append(layer_state)
-      return x, tuple(new)
-
-    x, layers = jax.lax.scan(
-      body, x[:, 0], (tuple(self.blocks), state.layers)
-    )
+    x, length = self._embed(tokens[:, None], state.length, ids)
+    body = functools.partial(_layers, Block.step, segment_ids)
+    x, layers = jax.lax.scan(body, x[:, 0], (tuple(self.blocks), state.layers))
     return self.logits(self.norm(x)), ModelState(layers, length)
 
   def features(
@@ -226,33 +229,18 @@ class LanguageModel(nnx.Module):
     segment_ids: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T M"], ModelState]:
     """As a call, without the projection to logits: `[B, T, M]`."""
-    check_shapes(
-      "LanguageModel",
-      {"tokens": (tokens, "B T"), "segment_ids": (segment_ids, "B T")},
-    )
-    batch = tokens.shape[0]
-    zero = jnp.zeros((batch,), jnp.int32)
-    x, _, length = self._embed(
-      tokens, zero if state is None else state.length, segment_ids
-    )
-
-    def body(x, xs):
-      blocks, states = xs
-      new = []
-      for block, layer_state in zip(blocks, states, strict=True):
-        x, layer_state = block(x, layer_state, segment_ids)
-        new.append(layer_state)
-      return x, tuple(new)
-
+    _check("LanguageModel", tokens, segment_ids, "B T")
+    if state is None:
+      start = jnp.zeros(tokens.shape[:1], jnp.int32)
+      state = ModelState((None,) * len(self.blocks), start)
+    x, length = self._embed(tokens, state.length, segment_ids)
+    body = functools.partial(_layers, Block.__call__, segment_ids)
     if self.config.remat:
       body = jax.checkpoint(body)
-    layers = (None,) * len(self.blocks) if state is None else state.layers
-    x, layers = jax.lax.scan(body, x, (tuple(self.blocks), layers))
+    x, layers = jax.lax.scan(body, x, (tuple(self.blocks), state.layers))
     return self.norm(x), ModelState(layers, length)
 
-  def logits(
-    self, features: Float[Array, "... M"]
-  ) -> Float[Array, "... V"]:
+  def logits(self, features: Float[Array, "... M"]) -> Float[Array, "... V"]:
     """Project features to logits over the vocabulary, float32."""
     features = features.astype(self.config.dtype)
     return jnp.einsum(
@@ -273,21 +261,23 @@ class LanguageModel(nnx.Module):
     repeats = self.config.n_layers // len(self.blocks)
     stack = lambda x: jnp.broadcast_to(x[None], (repeats, *x.shape))
 
-    def one(blocks):
-      mixer = jax.tree.map(lambda leaf: leaf[0], blocks).mixer
-      return jax.tree.map(stack, mixer.init_state(batch_size, max_length))
-
+    layers = (
+      block.mixer.init_state(batch_size, max_length) for block in self.blocks
+    )
     return ModelState(
-      tuple(map(one, self.blocks)), jnp.zeros((batch_size,), jnp.int32)
+      tuple(jax.tree.map(stack, layer) for layer in layers),
+      jnp.zeros((batch_size,), jnp.int32),
     )
 
   def _embed(self, tokens, length, segment_ids):
-    """The residual's start, the tokens' positions and the new length."""
+    """The start of the residual and the new length."""
     ids = segment_ids
     if ids is None:
       ids = jnp.ones(tokens.shape, jnp.int32)
     segment, position = token_positions(ids, length)
-    # Out of range is NaN, not a neighbour's embedding.
+    # Out of range is NaN, not a neighbour's embedding; a negative id is not
+    # counted from the end.
+    tokens = jnp.where(tokens < 0, self.config.vocab_size, tokens)
     x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill")
     if self.positions is not None:
       x = x + jnp.take(self.positions[...], position, axis=0, mode="fill")
@@ -296,4 +286,31 @@ class LanguageModel(nnx.Module):
     inside = valid & (segment == segment[:, -1:])
     restarted = segment[:, -1] > 0
     length = jnp.where(restarted, 0, length) + inside.sum(1, dtype=jnp.int32)
-    return x, position, length
+    return x, length
+
+
+def _layers(apply, segment_ids, x, xs):
+  """One repeat of the layer pattern, as `lax.scan` wants it."""
+  blocks, states = xs
+  new = []
+  for block, state in zip(blocks, states, strict=True):
+    x, state = apply(block, x, state, segment_ids)
+    new.append(state)
+  return x, tuple(new)
+
+
+def _check(function, tokens, segment_ids, letters):
+  check_shapes(
+    function,
+    {"tokens": (tokens, letters), "segment_ids": (segment_ids, letters)},
+  )
+  if 0 in tokens.shape:
+    raise ValueError(
+      f"{function}: tokens has shape {tokens.shape}, expected no empty axis."
+    )
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(
+      f"{function}: tokens has dtype {tokens.dtype.name}, expected an integer"
+      " type. Pass tokens.astype(jnp.int32)."
+    )
+  check_segment_ids(function, segment_ids)

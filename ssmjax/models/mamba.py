@@ -71,11 +71,10 @@ class MambaConfig:
   ) = None
 
   def __post_init__(self):
-    for name in ("d_state", "d_conv", "expand"):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"MambaConfig: {name} is {getattr(self, name)}, expected 1 or more."
-        )
+    for name in ("d_state", "d_conv", "expand", "dt_rank"):
+      size = getattr(self, name)
+      if size is not None and size < 1:
+        raise ValueError(f"MambaConfig: {name} is {size}, expected 1 or more.")
     if not 0 < self.dt_min <= self.dt_max:
       raise ValueError(
         f"MambaConfig: dt_min is {self.dt_min} and dt_max {self.dt_max},"
@@ -175,8 +174,7 @@ class Mamba(nnx.Module):
       "Mamba", {"x": (x, f"B T M={self.d_model}"),
                 "segment_ids": (segment_ids, "B T")}
     )  # fmt: skip
-    y, z, conv_state, ssm_state, _ = self._mix(x, state, segment_ids)
-    del z
+    y, _, conv_state, ssm_state, _ = self._mix(x, state, segment_ids)
     y = dense(y, self.out_proj[...]).astype(x.dtype)
     return y, MambaState(conv_state, ssm_state)
 

@@ -1,0 +1,376 @@
+"""Holds every model to one table: a model joins by one line of MODELS.
+
+Most checks read one batch, whose rows are the same tokens in different
+company, so that a model is compiled a handful of times.
+"""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from checks import TOLERANCE, assert_close, rms_error
+from flax import nnx
+
+from ssmjax.models import (
+  AttentionConfig,
+  LanguageModel,
+  MambaConfig,
+  ModelConfig,
+)
+from ssmjax.types import Polarization
+
+BOTH = Polarization(ones=1, zeros=1)
+REPLACED = Polarization(ones=1, zeros=1, placement="replace")
+MAMBA = functools.partial(MambaConfig, d_state=4)
+ATTENTION = functools.partial(AttentionConfig, num_heads=2, max_length=12)
+LM = functools.partial(ModelConfig, 16, 8, 2)
+
+MODELS = {
+  "mamba": MAMBA(),
+  "mamba_both": MAMBA(polarization=BOTH),
+  "mamba_replaced": MAMBA(polarization=REPLACED),
+  "mamba_authors": MAMBA(init="authors"),
+  "mamba_bf16": MAMBA(polarization=BOTH, dtype=jnp.bfloat16),
+  "attention": ATTENTION(),
+  "attention_bf16": ATTENTION(dtype=jnp.bfloat16),
+  "lm_mamba": LM(mixers=(MAMBA(),), final_norm="layer", init="authors"),
+  "lm_attention": LM(mixers=(ATTENTION(),), mlp_ratio=2),
+  "lm_hybrid": LM(
+    mixers=(MAMBA(polarization=BOTH), ATTENTION(positions="none")),
+    mlp_ratio=2,
+    max_positions=12,
+  ),
+  "lm_bf16": LM(
+    mixers=(MAMBA(dtype=jnp.bfloat16), ATTENTION(dtype=jnp.bfloat16)),
+    dtype=jnp.bfloat16,
+  ),
+}
+# What the rest of the table covers, put together in another way.
+NIGHTLY = {
+  *("mamba", "mamba_replaced", "mamba_authors", "attention_bf16"),
+  *("lm_mamba", "lm_attention", "lm_bf16"),
+}
+# Through these, transformations see every mixer and the model around it.
+TRANSFORMED = {"lm_hybrid"}
+
+WIDTH, LENGTH = 8, 8
+# Row by row: whole; another end; the first five tokens with padding on the
+# left, on the right, in between; five tokens and three others; these alone;
+# three tokens, padding and the three others.
+SEGMENTS = np.array(
+  [
+    [1, 1, 1, 1, 1, 1, 1, 1],
+    [1, 1, 1, 1, 1, 1, 1, 1],
+    [0, 0, 0, 1, 1, 1, 1, 1],
+    [1, 1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 0, 1, 0, 0, 1, 1],
+    [1, 1, 1, 1, 1, 2, 2, 2],
+    [1, 1, 1, 0, 0, 0, 0, 0],
+    [0, 1, 1, 1, 0, 2, 2, 2],
+  ],
+  np.int32,
+)
+TRACES = collections.Counter()
+
+
+def table(only=None):
+  """One parameter a model; outside of `only`, or if slow, for the night."""
+  late = NIGHTLY if only is None else MODELS.keys() - only
+  return pytest.mark.parametrize(
+    "name",
+    [
+      pytest.param(name, marks=[pytest.mark.nightly] if name in late else [])
+      for name in MODELS
+    ],
+  )
+
+
+@table()
+def test_model_gives_outputs_of_its_inputs_shape_and_dtype(name):
+  model, x = model_of(name), inputs(name)
+  y, state = run(model, x, model.init_state(8), SEGMENTS)
+  width = MODELS[name].vocab_size if is_lm(name) else WIDTH
+  assert y.shape == (8, LENGTH, width)
+  assert y.dtype == jnp.float32
+  assert jax.tree.map(kind, state) == jax.tree.map(kind, model.init_state(8))
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((y, state)))
+
+
+@table()
+def test_model_keeps_its_parameters_in_float32(name):
+  for path, param in nnx.to_flat_state(nnx.state(model_of(name))):
+    assert isinstance(param, nnx.Param), path
+    assert param[...].dtype == jnp.float32, path
+
+
+@table()
+def test_model_without_state_and_segments_starts_at_the_beginning(name):
+  model, x = model_of(name), inputs(name)
+  y, _ = run(model, x, None, None)
+  expected, _ = run(model, x, model.init_state(8), SEGMENTS)
+  close(name, y[:2], expected[:2])
+
+
+@table()
+def test_model_is_causal(name):
+  y, _ = whole(name)
+  close(name, y[1, :5], y[0, :5])
+  assert rms_error(y[1, 5:], y[0, 5:]) > 1e-3
+
+
+@table()
+def test_model_sees_no_padding_wherever_it_stands(name):
+  y, state = whole(name)
+  for row in (2, 3, 4):
+    close(name, y[row][SEGMENTS[row] > 0], y[0, :5])
+    if not is_lm(name):
+      assert not y[row][SEGMENTS[row] == 0].any()
+  close_after(name, state, (2, 3, 4))
+
+
+@table()
+def test_model_keeps_packed_documents_apart(name):
+  y, state = whole(name)
+  close(name, y[5, :5], y[0, :5])
+  close(name, y[5, 5:], y[6, :3])
+  close(name, y[7, 1:4], y[0, :3])
+  close(name, y[7, 5:], y[6, :3])
+  close_after(name, state, (5, 6, 7))
+
+
+@table()
+@pytest.mark.parametrize("pieces", [(4, 4), (1, 3, 4)])
+def test_model_run_in_pieces_equals_the_whole(name, pieces):
+  model, x = model_of(name), inputs(name)
+  expected, expected_state = whole(name)
+  state, ys, start = model.init_state(8), [], 0
+  for length in pieces:
+    piece = slice(start, start + length)
+    y, state = run(model, x[:, piece], state, SEGMENTS[:, piece])
+    ys.append(y)
+    start += length
+  # In the last row a document begins with a piece: that goes on from the
+  # state, by definition.
+  close(name, jnp.concatenate(ys, 1)[:7], expected[:7])
+  y, expected = after(name, state), after(name, expected_state)
+  close(name, y[:7], expected[:7])
+
+
+@table()
+def test_model_prefilled_and_stepped_equals_the_whole(name):
+  model, x = model_of(name), inputs(name)
+  expected, _ = whole(name)
+  _, state = run(model, x[:, :4], model.init_state(8), SEGMENTS[:, :4])
+  rows = np.array([0, 1, 2, 3, 4, 6])  # A step never begins a document.
+  for t in range(4, LENGTH):
+    y, state = step(model, x[:, t], state, SEGMENTS[:, t])
+    valid = rows[SEGMENTS[rows, t] > 0]
+    close(name, y[valid], expected[valid, t])
+    if not is_lm(name):
+      assert not y[SEGMENTS[:, t] == 0].any()
+
+
+@table()
+def test_model_has_finite_gradients_that_padding_does_not_change(name):
+  model = model_of(name)
+  grads, d_x = gradients(model, inputs(name), SEGMENTS)
+  expected, expected_d_x = gradients(model, inputs(name, padding=0.5), SEGMENTS)
+  assert_close(grads, expected, dtype_of(name))
+  for path, grad in nnx.to_flat_state(nnx.state(grads)):
+    assert jnp.isfinite(grad[...]).all(), path
+    assert jnp.any(grad[...]), path
+  if not is_lm(name):
+    close(name, d_x, expected_d_x)
+    assert not d_x[SEGMENTS == 0].any()
+
+
+@table()
+def test_model_compiles_once_for_all_its_instances(name):
+  model, x = model_of(name), inputs(name)
+  run(model, x, None, None)
+  before = TRACES["run"]
+  run(model, x + 0, None, None)
+  y, _ = run(model_of(name, seed=1), x, None, None)
+  assert TRACES["run"] == before
+  assert rms_error(y[:2], run(model, x, None, None)[0][:2]) > 1e-3
+
+
+@table()
+def test_model_saved_by_orbax_gives_the_same_outputs(name, tmp_path):
+  model, x = model_of(name), inputs(name)
+  y, _ = run(model, x, None, None)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "model", nnx.state(model))
+    checkpointer.wait_until_finished()
+    graphdef, other = nnx.split(model_of(name, seed=1))
+    restored = checkpointer.restore(tmp_path / "model", other)
+  again, _ = run(nnx.merge(graphdef, restored), x, None, None)
+  np.testing.assert_array_equal(again, y)
+
+
+@table()
+def test_mixer_shows_its_recurrence_or_says_why_it_has_none(name):
+  if is_lm(name):
+    pytest.skip("a model has one recurrence per layer")
+  model, x = model_of(name), inputs(name)
+  if not hasattr(MODELS[name], "d_state"):
+    with pytest.raises(NotImplementedError, match="no diagonal Eq"):
+      model.recurrence(x)
+    return
+
+  @jax.jit
+  def literal(model, x):
+    eq1 = model.recurrence(x)
+
+    def body(h, t):
+      h = eq1.a[:, t] * h + eq1.dt[:, t] * eq1.b[:, t]
+      return h, eq1.readout(h, t)
+
+    return jax.lax.scan(body, eq1.initial_state, jnp.arange(LENGTH))[1]
+
+  y = jnp.moveaxis(literal(model, x), 0, 1)
+  close(name, y[:2], run(model, x, None, None)[0][:2])
+
+
+@table(TRANSFORMED)
+def test_model_is_differentiated_over_stacked_seeds(name):
+  x = inputs(name)
+  keys = jax.random.split(jax.random.key(7), 2)
+  models = jax.vmap(lambda key: build(name, nnx.Rngs(key)))(keys)
+  stacked, _ = jax.jit(jax.vmap(gradients, (0, None, None)))(
+    models, x, SEGMENTS
+  )
+  for i in range(2):
+    one = jax.tree.map(lambda leaf, i=i: leaf[i], models)
+    alone, _ = gradients(one, x, SEGMENTS)
+    seed = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+    assert_close(seed, alone, dtype_of(name))
+
+
+@table(TRANSFORMED)
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_model_sharded_over_devices_has_the_whole_gradient(name, where):
+  model, x = model_of(name), inputs(name)
+  mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+  data = jax.P("data")
+  if where == "inside":
+    sharded = jax.shard_map(
+      lambda *args: gradients(*args)[0],
+      mesh=mesh,
+      in_specs=(jax.P(), data, data),
+      out_specs=jax.P(),
+    )
+  else:
+    total = jax.shard_map(
+      lambda *args: jax.lax.psum(objective(*args), "data"),
+      mesh=mesh,
+      in_specs=(jax.P(), data, data),
+      out_specs=jax.P(),
+    )
+    sharded = jax.grad(total)
+  grads = jax.jit(sharded)(model, x, jnp.asarray(SEGMENTS))
+  assert_close(grads, gradients(model, x, SEGMENTS)[0], dtype_of(name))
+
+
+def is_lm(name):
+  return isinstance(MODELS[name], ModelConfig)
+
+
+def dtype_of(name):
+  return MODELS[name].dtype
+
+
+def build(name, rngs):
+  config = MODELS[name]
+  if is_lm(name):
+    return LanguageModel(config, rngs=rngs)
+  return config.build(WIDTH, 2, rngs)
+
+
+@functools.cache
+def model_of(name, seed=0):
+  return build(name, nnx.Rngs(seed))
+
+
+@functools.cache
+def inputs(name, padding=None):
+  """The batch, with NaN or tokens that do not exist in its padding."""
+  keys = jax.random.split(jax.random.key(1), 3)
+  if is_lm(name):
+    draw = lambda key, n: jax.random.randint(key, (n,), 0, 16)
+    x, wild = np.zeros((8, LENGTH), np.int32), [-5, 16, 1 << 30]
+  else:
+    draw = lambda key, n: jax.random.normal(key, (n, WIDTH))
+    x, wild = np.zeros((8, LENGTH, WIDTH), np.float32), [np.nan]
+  a, other, b = (
+    np.asarray(draw(k, n)) for k, n in zip(keys, (8, 3, 3), strict=True)
+  )
+  for row, segments in enumerate(SEGMENTS):
+    x[row, segments == 1] = a[: (segments == 1).sum()]
+    x[row, segments == 2] = b[: (segments == 2).sum()]
+  x[1, 5:] = other
+  x[6, :3] = b
+  holes = SEGMENTS == 0
+  if padding is None:
+    x[holes] = np.resize(wild, x[holes].shape)
+  else:
+    x[holes] = padding
+  return jnp.asarray(x)
+
+
+@functools.cache
+def whole(name):
+  model = model_of(name)
+  return run(model, inputs(name), model.init_state(8), SEGMENTS)
+
+
+@jax.jit
+def run(model, x, state, segment_ids):
+  TRACES["run"] += 1
+  return model(x, state, segment_ids)
+
+
+@jax.jit
+def step(model, x, state, segment_ids):
+  return model.step(x, state, segment_ids)
+
+
+def objective(model, x, segment_ids):
+  y, _ = model(x, segment_ids=segment_ids)
+  weights = jnp.sin(jnp.arange(y[0].size, dtype=y.dtype)).reshape(y[0].shape)
+  return jnp.where(segment_ids[..., None] > 0, y * weights, 0.0).sum()
+
+
+@jax.jit
+def gradients(model, x, segment_ids):
+  """By the parameters, and by the inputs where they are not tokens."""
+  if jnp.issubdtype(x.dtype, jnp.integer):
+    return jax.grad(objective)(model, x, segment_ids), None
+  return jax.grad(objective, (0, 1))(model, x, segment_ids)
+
+
+def close(name, actual, expected):
+  limit = TOLERANCE[jnp.dtype(dtype_of(name))]
+  assert rms_error(actual, expected) <= limit
+
+
+def close_after(name, state, rows):
+  """A next token finds the rows in the same state."""
+  y = after(name, state)
+  for row in rows[1:]:
+    close(name, y[row], y[rows[0]])
+
+
+def after(name, state):
+  """What a next token, the same for every row, gives."""
+  x = inputs(name)
+  token = jnp.broadcast_to(x[0, 0], x[:, 0].shape)
+  return step(model_of(name), token, state, np.ones(8, np.int32))[0]
+
+
+def kind(leaf):
+  return leaf.shape, leaf.dtype
