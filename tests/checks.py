@@ -1,5 +1,7 @@
 """One error measure and one tolerance table for every numeric test."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,12 @@ TOLERANCE = {
   jnp.dtype("complex64"): 1e-5,
   jnp.dtype("bfloat16"): 1e-2,
 }
+
+
+# jax.jit for tests in which compiling would take longer than running.
+quick = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 def rms_error(actual, expected) -> float:
