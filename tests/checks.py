@@ -29,6 +29,8 @@ def rms_error(actual, expected) -> float:
   )
   actual, expected = wide(actual), wide(expected)
   assert actual.shape == expected.shape, (actual.shape, expected.shape)
+  if not expected.size:
+    return 0.0
   error = np.sqrt(np.mean(np.abs(actual - expected) ** 2))
   scale = np.sqrt(np.mean(np.abs(expected) ** 2))
   return float(error / scale) if scale else float(error)

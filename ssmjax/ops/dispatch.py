@@ -96,7 +96,8 @@ def _visible_gpu_is_old() -> bool:
 _refuse_p = Primitive("ssmjax_no_kernel_for_this_platform")
 _refuse_p.def_impl(lambda x, **params: _refuse_eagerly(x, **params))
 _refuse_p.def_abstract_eval(lambda x, **params: x)
-ad.deflinear2(_refuse_p, lambda ct, x, **params: [ct])
+# The cotangent is refused too: a gradient may not need the value.
+ad.deflinear2(_refuse_p, lambda ct, x, **params: [_refuse_p.bind(ct, **params)])
 batching.defvectorized(_refuse_p)
 
 

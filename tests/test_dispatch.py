@@ -1,0 +1,196 @@
+"""Which form runs is settled by dtype when traced, by platform when lowered."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import assert_close, quick
+from jax import lax
+
+import kernels_pallas
+from ssmjax.ops import dispatch, linear_scan, selective_scan
+
+OPS = {
+  "linear_scan": lambda **options: functools.partial(linear_scan, **options),
+  "selective_scan": lambda **options: (
+    lambda u, x: selective_scan(u, u, -x[0, :2].T, x, x, **options)
+  ),
+}
+
+
+def arguments():
+  x = jnp.asarray(np.random.default_rng(0).random((1, 4, 2)), jnp.float32)
+  return x, x
+
+
+def fake(marker):
+  """A kernel with its own derivative, known by a custom call's name."""
+
+  def call(a, b):
+    shape = jax.ShapeDtypeStruct(b.shape, b.dtype)
+    return jax.ffi.ffi_call(marker, shape, vmap_method="broadcast_all")(a, b)
+
+  def run(*args, **static):
+    a, b = args[:2]
+    state = args[2] if len(args) == 3 else args[9]
+    if state is None:
+      state = jnp.zeros((b.shape[0], b.shape[2], args[3].shape[2]), b.dtype)
+
+    @jax.custom_vjp
+    def kernel(a, b, state):
+      return call(a, b), state
+
+    kernel.defvjp(
+      lambda a, b, state: ((call(a, b), state), (a, b)),
+      lambda saved, ct: (call(*saved), call(*saved), ct[1]),
+    )
+    return kernel(a, b, state)
+
+  return run
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+  """Fake kernels for TPU and CUDA; the caches do not know of them."""
+  found = {"tpu": fake("fake_tpu_kernel"), "cuda": fake("fake_cuda_kernel")}
+  monkeypatch.setattr(kernels_pallas, "kernels", lambda op: found)
+  jax.clear_caches()
+  yield monkeypatch
+  jax.clear_caches()
+
+
+def lowered(function, *args, platform):
+  traced = jax.jit(lambda *args: function(*args)).trace(*args)
+  return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def gradient(function):
+  return jax.grad(lambda *args: function(*args)[0].sum(), (0, 1))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_none_takes_the_kernel_of_the_platform_it_is_lowered_for(
+  op, with_kernels
+):
+  run = OPS[op]()
+  for function, calls in ((run, 1), (gradient(run), 2)):
+    for platform in ("tpu", "cuda"):
+      text = lowered(function, *arguments(), platform=platform)
+      assert f"fake_{platform}_kernel" in text
+      assert text.count("@fake_") >= calls
+    assert "fake" not in lowered(function, *arguments(), platform="cpu")
+  # And here, with TPU and GPU branches at hand, chunked runs.
+  actual = quick(gradient(run))(*arguments())
+  expected = quick(gradient(OPS[op](implementation="reference")))(*arguments())
+  assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_pallas_is_refused_when_lowered_for_a_platform_without_a_kernel(
+  op, with_kernels
+):
+  run = OPS[op](implementation="pallas")
+  single = arguments()
+  for function, args in (
+    (run, single),
+    (gradient(run), single),
+    (jax.vmap(run), jax.tree.map(lambda x: x[None], single)),
+  ):
+    traced = jax.jit(lambda *a, f=function: f(*a)).trace(*args)
+    assert (
+      "fake_tpu_kernel" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    )
+    message = (
+      rf"{op}: implementation='pallas' has no kernel for cpu; it has kernels"
+      r" for cuda, tpu.*Pass implementation='chunked'"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+      traced.lower(lowering_platforms=("cpu",))
+  with pytest.raises(NotImplementedError, match="no kernel for cpu"):
+    run(*arguments())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_pallas_without_any_kernel_says_so(op):
+  with pytest.raises(NotImplementedError, match="it has none here"):
+    OPS[op](implementation="pallas")(*arguments())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_pallas_with_complex_numbers_is_refused_when_traced(op, with_kernels):
+  x, _ = arguments()
+  args = (x, lax.complex(x, x))
+  with pytest.raises(NotImplementedError, match=f"{op}: .*complex.*'chunked'"):
+    jax.eval_shape(OPS[op](implementation="pallas"), *args)
+  text = lowered(OPS[op](), *args, platform="tpu")
+  assert "fake" not in text
+
+
+def test_pallas_in_float64_is_refused_when_traced(with_kernels, x64):
+  args = jax.tree.map(lambda x: x.astype(jnp.float64), arguments())
+  assert jax.eval_shape(linear_scan, *args)[0].dtype == jnp.float64
+  with pytest.raises(NotImplementedError, match="no kernel for float64"):
+    jax.eval_shape(OPS["linear_scan"](implementation="pallas"), *args)
+
+
+def test_an_old_gpu_takes_the_fall_back(with_kernels):
+  with_kernels.setattr(dispatch, "_visible_gpu_is_old", lambda: True)
+  run = OPS["linear_scan"]()
+  assert "fake" not in lowered(run, *arguments(), platform="cuda")
+  assert "fake_tpu" in lowered(run, *arguments(), platform="tpu")
+  named = OPS["linear_scan"](implementation="pallas")
+  with pytest.raises(NotImplementedError, match=r"for cuda.*sm_80 and newer"):
+    lowered(named, *arguments(), platform="cuda")
+
+
+@pytest.mark.parametrize(
+  ("capabilities", "old"),
+  [(["7.5"], True), (["8.0", "9.0"], False), ([], False)],
+)
+def test_a_gpu_is_old_below_sm_80(capabilities, old, monkeypatch):
+  device = lambda c: type("Device", (), dict(compute_capability=c))()
+  devices = lambda backend: [device(c) for c in capabilities]
+  monkeypatch.setattr(jax, "local_devices", devices)
+  assert dispatch._visible_gpu_is_old() == old
+
+
+def test_without_a_gpu_none_is_old():
+  assert not dispatch._visible_gpu_is_old()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_none_survives_vmap_remat_and_a_scan_over_layers(op, with_kernels):
+  run = OPS[op]()
+
+  def deep(x, y):
+    layer = jax.checkpoint(lambda h, _: (run(h, h)[0], None))
+    return jax.vmap(lambda x: lax.scan(layer, x + y, None, length=2)[0])(x)
+
+  args = (arguments()[0][None], arguments()[1])
+  total = lambda x, y: (deep(x, y), None)
+  reference = OPS[op](implementation="reference")
+  actual = quick(gradient(total))(*args)
+  run = reference
+  assert_close(actual, quick(gradient(total))(*args))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_name_that_does_not_exist_is_refused(op):
+  with pytest.raises(ValueError, match=f"{op}: implementation is 'triton'"):
+    OPS[op](implementation="triton")(*arguments())
+
+
+def test_kernels_are_imported_when_an_op_is_first_used():
+  code = (
+    "import sys, jax.numpy as jnp, ssmjax.ops as ops\n"
+    "x = jnp.ones((1, 2, 1))\n"
+    "ops.linear_scan(x, x, implementation='associative')\n"
+    "assert 'kernels_pallas' not in sys.modules\n"
+    "ops.linear_scan(x, x)\n"
+    "assert 'kernels_pallas' in sys.modules\n"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
