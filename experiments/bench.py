@@ -7,8 +7,9 @@ memory.
 
 Command: `python -m experiments.bench scan --out experiments/results/scan.json`
 (about 10 minutes on two cores; `--shapes 8,512,256,16 --repeats 3` for one of
-them in seconds). Where torch, transformers or mamba.py are importable, their
-pure-torch scans are timed on the same inputs; they are never needed. One call
+them in seconds). Where torch is importable, the loop of transformers' slow
+path is timed on the same inputs, and mamba.py's scan where that is too; they
+are never needed. Last comes a whole training step of the recall model. One call
 of the chunked form keeps one core busy; `chunked, sharded` divides rows (or
 channels) over as many CPU devices as there are cores, as a training run does.
 
@@ -23,22 +24,22 @@ import importlib.util
 import os
 import pathlib
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import ssmjax.ops
+from experiments.bench_step import bench_step
 from experiments.results import provenance, write_json
+from experiments.timing import in_turns, scan_inputs
 
 _SHAPES = ("2,2048,1536,16", "1,16384,768,16", "8,512,256,16", "64,256,128,16")
 _ALL = (
-  "associative", "chunked", "chunked, sharded", "lax.scan", "transformers",
+  "associative", "chunked", "chunked, sharded", "lax.scan", "torch loop",
   "mamba.py",
 )  # fmt: skip
 
@@ -54,6 +55,8 @@ class Scan:
   repeats: int = 5
   """Timed runs of each, in turns, each after one that is not timed."""
   seed: int = 0
+  step: bool = True
+  """Time a whole training step of the recall model as well."""
   out: pathlib.Path | None = None
   """Where to write everything as JSON."""
 
@@ -66,21 +69,20 @@ def main() -> None:
 
 def _scan_command(config: tyro.conf.OmitArgPrefixes[Scan]) -> None:
   """Time the selective scans."""
-  results = [
-    bench_scan(tuple(map(int, shape.split(","))), config)
-    for shape in config.shapes
-  ]
+  results = [bench_scan(_shape(text), config) for text in config.shapes]
+  step = bench_step(config.repeats) if config.step else None
   if config.out:
     settings = dataclasses.asdict(config) | dict(out=str(config.out))
     write_json(
-      config.out, provenance() | dict(config=settings, results=results)
+      config.out,
+      provenance() | dict(config=settings, results=results, step=step),
     )
     print(f"written: {config.out}")
 
 
 def bench_scan(shape: tuple[int, int, int, int], config: Scan) -> dict:
   """Time every form at one shape and print the table."""
-  args = inputs(*shape, config.seed)
+  args = scan_inputs(*shape, seed=config.seed)
   forms = _forms(args, config.forms)
   rows = {}
   for direction in ("forward", "forward+backward"):
@@ -111,38 +113,14 @@ def bench_scan(shape: tuple[int, int, int, int], config: Scan) -> dict:
   return dict(shape=shape, rows=rows)
 
 
-def in_turns(
-  runs: dict[str, Callable[[], object]], repeats: int
-) -> dict[str, list[float]]:
-  """Seconds of each run; one after the other, over and over."""
-  times = {name: [] for name in runs}
-  for _ in range(repeats):
-    for name, run in runs.items():
-      # Untimed first: the system takes back the gigabytes of the run before
-      # during the next one, which would pay for it.
-      run()
-      start = time.perf_counter()
-      run()
-      times[name].append(time.perf_counter() - start)
-  return times
-
-
-def inputs(batch, length, channels, states, seed=0) -> dict[str, np.ndarray]:
-  """Mamba's ranges: Δ of 0.001 to 0.1, A of -1 to -N."""
-  rng = np.random.default_rng(seed)
-  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), channels))
-  A = -np.arange(1, states + 1, dtype=np.float32)
-  return dict(
-    u=draw(batch, length, channels),
-    delta=draw(batch, length, channels) / 2,
-    A=np.broadcast_to(A, (channels, states)).copy(),
-    B=draw(batch, length, states),
-    C=draw(batch, length, states),
-    D=np.ones(channels, np.float32),
-    z=draw(batch, length, channels),
-    delta_bias=np.log(np.expm1(step)).astype(np.float32),
-  )
+def _shape(text: str) -> tuple[int, int, int, int]:
+  try:
+    batch, length, channels, states = map(int, text.split(","))
+  except ValueError:
+    raise SystemExit(
+      f"bench: shapes has {text!r}, expected B,T,D,N such as {_SHAPES[0]}."
+    ) from None
+  return batch, length, channels, states
 
 
 def _forms(args, wanted) -> dict[str, Callable]:
@@ -154,13 +132,13 @@ def _forms(args, wanted) -> dict[str, Callable]:
     "chunked, sharded": _sharded_scan,
     "lax.scan": _plain_scan,
   }
-  forms = {}
+  forms: dict[str, Callable] = {}
   for name in wanted:
     if name in found:
       forms[name] = functools.partial(_build_jax, found[name], args)
     elif name in _TORCH:
       module, build = _TORCH[name]
-      missing = [m for m in ("torch", module) if not _importable(m)]
+      missing = [m for m in dict.fromkeys(("torch", module)) if not _importable(m)]
       if missing:
         print(f"{name}: skipped, no module {' or '.join(missing)} here.")
       else:
@@ -246,8 +224,8 @@ def _torch_runner(scan, args, backward):
   return run, None
 
 
-def _build_transformers(args, backward):
-  """The loop of transformers' `MambaMixer.slow_forward`, from Δ on."""
+def _build_torch_loop(args, backward):
+  """What transformers' `MambaMixer.slow_forward` does from Δ on."""
   import torch
   import torch.nn.functional as F
 
@@ -283,7 +261,7 @@ def _build_mambapy(args, backward):
 
 
 _TORCH = {
-  "transformers": ("transformers", _build_transformers),
+  "torch loop": ("torch", _build_torch_loop),
   "mamba.py": ("mambapy", _build_mambapy),
 }
 

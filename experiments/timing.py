@@ -1,0 +1,44 @@
+"""Runs in turns and inputs of Mamba's ranges, for the benchmarks."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+__all__ = ["in_turns", "scan_inputs"]
+
+
+def in_turns(
+  runs: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, list[float]]:
+  """Seconds of each run; one after the other, over and over."""
+  times: dict[str, list[float]] = {name: [] for name in runs}
+  for _ in range(repeats):
+    for name, run in runs.items():
+      # Untimed first: the system takes back the gigabytes of the run before
+      # during the next one, which would pay for it.
+      run()
+      start = time.perf_counter()
+      run()
+      times[name].append(time.perf_counter() - start)
+  return times
+
+
+def scan_inputs(
+  batch: int, length: int, channels: int, states: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+  """Mamba's ranges: Δ of 0.001 to 0.1, A of -1 to -N."""
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: np.asarray(rng.normal(size=shape), np.float32)
+  step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), channels))
+  A = -np.arange(1, states + 1, dtype=np.float32)
+  return dict(
+    u=draw(batch, length, channels),
+    delta=draw(batch, length, channels) / 2,
+    A=np.broadcast_to(A, (channels, states)).copy(),
+    B=draw(batch, length, states),
+    C=draw(batch, length, states),
+    D=np.ones(channels, np.float32),
+    z=draw(batch, length, channels),
+    delta_bias=np.log(np.expm1(step)).astype(np.float32),
+  )
