@@ -240,6 +240,8 @@ def token_positions(
     segment and position, both `[B, T]` int32; padding does not count.
   """
   valid, restart = segment_masks(segment_ids)
+  assert valid is not None  # For mypy: there are ids.
+  assert restart is not None
   segment = jnp.cumsum(restart.astype(jnp.int32), 1)
   rank = jnp.cumsum(valid.astype(jnp.int32), 1) - 1
   start = jax.lax.cummax(jnp.where(restart, rank, 0), axis=1)

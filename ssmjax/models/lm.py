@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -234,6 +235,7 @@ class LanguageModel(nnx.Module):
       start = jnp.zeros(tokens.shape[:1], jnp.int32)
       state = ModelState((None,) * len(self.blocks), start)
     x, length = self._embed(tokens, state.length, segment_ids)
+    body: Callable[..., Any]
     body = functools.partial(_layers, Block.__call__, segment_ids)
     if self.config.remat:
       body = jax.checkpoint(body)
