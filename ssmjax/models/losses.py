@@ -73,8 +73,10 @@ def gather_labels(
   order = jnp.argsort(~labelled, axis=1, stable=True)[:, :max_labels]
   weights = jnp.take_along_axis(labelled, order, 1)
   targets = jnp.take_along_axis(labels, order, 1)
+  missing = max_labels - order.shape[1]
+  fill = lambda x, dtype: jnp.pad(x.astype(dtype), ((0, 0), (0, missing)))
   return {
-    "positions": order.astype(jnp.int32),
-    "targets": jnp.where(weights, targets, 0).astype(jnp.int32),
-    "weights": weights.astype(jnp.float32),
+    "positions": fill(order, jnp.int32),
+    "targets": fill(jnp.where(weights, targets, 0), jnp.int32),
+    "weights": fill(weights, jnp.float32),
   }
