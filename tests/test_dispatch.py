@@ -178,6 +178,42 @@ def test_none_survives_vmap_remat_and_a_scan_over_layers(op, with_kernels):
   assert_close(actual, quick(gradient(total))(*args))
 
 
+def test_what_a_kernel_saves_takes_no_memory_on_other_platforms(monkeypatch):
+  # Residuals of all branches leave a conditional, those of the branches that
+  # are not taken as zeros; the compiler must find that nobody reads them.
+  shape = (1, 64, 8, 64)
+
+  def kernel(u, *rest, **static):
+    @jax.custom_vjp
+    def run(u):
+      return u, jnp.zeros((1, 8, 64))
+
+    run.defvjp(
+      lambda u: (run(u), jnp.broadcast_to(u[..., None], shape)),
+      lambda saved, ct: (ct[0] * saved.sum(-1),),
+    )
+    return run(u)
+
+  def loss(A, u):
+    def layer(u, A):
+      BC = jnp.ones((1, 64, 64))
+      return selective_scan(u, u, A, BC, BC)[0], None
+
+    return lax.scan(layer, u, A)[0].sum()
+
+  def temporary(kernels):
+    monkeypatch.setattr(kernels_pallas, "kernels", lambda op: kernels)
+    jax.clear_caches()
+    args = (-jnp.ones((4, 8, 64)), jnp.ones((1, 64, 8)))
+    compiled = jax.jit(jax.grad(loss)).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  alone = temporary({})
+  beside = temporary({"tpu": kernel, "cuda": kernel})
+  jax.clear_caches()
+  assert beside < alone + 4 * np.prod(shape)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_name_that_does_not_exist_is_refused(op):
   with pytest.raises(ValueError, match=f"{op}: implementation is 'triton'"):

@@ -160,11 +160,11 @@ PLAIN = ("D", "z", "delta_bias", "initial_state")
   [
     ((2, 1, 1, 1), dict(without=PLAIN), FORMS[:2]),
     ((1, 7, 1, 17), dict(), FORMS[:2]),
-    ((2, 37, 3, 16), dict(polarization=BOTH, ids=True), FORMS),
-    ((2, 19, 3, 4), dict(polarization=REPLACE, ids=True), FORMS[1:]),
+    ((2, 37, 3, 16), dict(polarization=BOTH, ids=True), FORMS[1:]),
+    ((2, 11, 3, 4), dict(polarization=REPLACE, ids=True), FORMS[:2]),
     ((1, 300, 2, 3), dict(without=("z", "delta_bias")), FORMS[1:2]),
-    ((2, 11, 3, 2), dict(kinds="cccc", ids=True), ("associative", "chunks")),
-    ((1, 5, 2, 2), dict(kinds="rrcr", polarization=BOTH), FORMS[1:2]),
+    ((2, 11, 3, 2), dict(kinds="cccc", ids=True), FORMS[2:]),
+    ((1, 5, 2, 2), dict(kinds="rrcr", polarization=BOTH), FORMS[:1]),
     ((1, 5, 2, 2), dict(kinds="rcrr", without=("D", "z")), FORMS[1:2]),
     ((1, 5, 2, 2), dict(kinds="crrr", without=("z",)), FORMS[1:2]),
   ],
@@ -198,8 +198,8 @@ def test_bfloat16_has_a_float32_state():
 
 @pytest.mark.usefixtures("strict", "x64")
 def test_float64_is_kept():
-  args = make(2, 13, 3, 4, polarization=BOTH, ids=True)
-  _, state = check(args, "float64", polarization=BOTH)
+  args = make(2, 9, 3, 4, polarization=BOTH, ids=True)
+  _, state = check(args, "float64", FORMS[1:], polarization=BOTH)
   assert state.dtype == jnp.float64
 
 
@@ -334,8 +334,19 @@ def test_vmap_and_remat_in_a_scan_over_layers_equal_a_loop():
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_gradients_equal_those_of_one_device(kind):
+@pytest.mark.parametrize(
+  ("kind", "forms"),
+  [
+    (AxisType.Auto, (None, "chunks")),
+    (AxisType.Explicit, (None,)),
+    pytest.param(
+      AxisType.Explicit,
+      (None, *FORMS, "reference"),
+      marks=pytest.mark.nightly,
+    ),
+  ],
+)
+def test_sharded_gradients_equal_those_of_one_device(kind, forms):
   mesh = jax.make_mesh((4, 2), ("data", "seed"), axis_types=(kind,) * 2)
   args = cast(make(4, 5, 2, 2, polarization=BOTH, ids=True), "float32")
   ids = args.pop("segment_ids")
@@ -356,14 +367,14 @@ def test_sharded_gradients_equal_those_of_one_device(kind):
   shard = functools.partial(
     jax.shard_map, mesh=mesh, in_specs=(spec, P("data"))
   )
-  for form in (None, "associative", "chunks", "reference"):
+  for form in forms:
     one = functools.partial(loss, form=form)
     if form is None:
       expected = quick(jax.grad(one))(args, ids)
     with jax.set_mesh(mesh):
       inside = shard(jax.grad(one), out_specs=spec)
       assert_close(quick(inside)(*placed), expected, what=f"{form} ")
-      if form is None or kind == AxisType.Auto:
+      if form is None or len(forms) > 2:
         total = lambda *x, one=one: lax.psum(one(*x), "data")
         outside = jax.grad(shard(total, out_specs=P()))
         assert_close(quick(outside)(*placed), expected, what=f"{form} ")
@@ -421,12 +432,12 @@ def test_a_second_call_compiles_nothing():
   assert selective._selective_scan._cache_size() == size
 
 
-@pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "tpu")])
-def test_exported_gradients_run_elsewhere(strict, platforms):
+def test_exported_gradients_run_elsewhere(strict):
   args = cast(make(1, 6, 2, 3, polarization=BOTH, ids=True), "float32")
   run = pulled(None, polarization=BOTH).__wrapped__
-  exported = export.export(jax.jit(run), platforms=platforms)(args)
-  assert exported.platforms == platforms
+  exported = export.export(jax.jit(run), platforms=("cpu",))(args)
+  assert exported.platforms == ("cpu",)
+  exported = export.export(jax.jit(run), platforms=("cpu", "tpu"))(args)
   assert_close(
     exported.call(args), pulled("reference", polarization=BOTH)(args)
   )

@@ -66,7 +66,7 @@ def run(
     return chunked(*args)
   if "cuda" in kernels and _visible_gpu_is_old():
     kernels = {k: v for k, v in kernels.items() if k != "cuda"}
-  fallback = chunked
+  fallback: Callable[..., Any] = chunked
   if implementation == "pallas":
     refuse = functools.partial(
       _refuse_p.bind, op=op, have=tuple(sorted(kernels))
