@@ -138,7 +138,9 @@ def _forms(args, wanted) -> dict[str, Callable]:
       forms[name] = functools.partial(_build_jax, found[name], args)
     elif name in _TORCH:
       module, build = _TORCH[name]
-      missing = [m for m in dict.fromkeys(("torch", module)) if not _importable(m)]
+      missing = [
+        m for m in dict.fromkeys(("torch", module)) if not _importable(m)
+      ]
       if missing:
         print(f"{name}: skipped, no module {' or '.join(missing)} here.")
       else:

@@ -30,10 +30,12 @@ TABLE = {
 TABLE = {room: set(row.split()) for room, row in TABLE.items()}
 LIBRARY = {"ssmjax"}.union(TABLE, *TABLE.values())
 SCRIPTS = {"tyro", "tqdm", "matplotlib", "tensorboardX"}
+# Never dependencies: the benchmark times them where they happen to be.
+RIVALS = {"torch", "mambapy"}
 TOOLS = {"chex", "pytest", "hypothesis"}
 ROOMS = TABLE | {
   "ssmjax": {room for room in TABLE if room.startswith("ssmjax.")},
-  "experiments": LIBRARY | SCRIPTS,
+  "experiments": LIBRARY | SCRIPTS | RIVALS,
   "tests": LIBRARY | SCRIPTS | TOOLS | {"experiments"},
 }
 EVERYONE = sys.stdlib_module_names | {"jax", "numpy"}
