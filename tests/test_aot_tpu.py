@@ -73,12 +73,12 @@ def test_sharded_train_step_compiles_for_tpus(mesh):
   assert "all-reduce" in compiled.as_text()
   memory = compiled.memory_analysis()
   # A device holds the whole state, gives it back in place, and recomputes
-  # each layer: it never has all layers' [B, T, D, N] at once.
+  # each layer: it never has two layers' [B, T, D, N] at once.
   held = nbytes(state)
   assert held <= memory.argument_size_in_bytes <= 1.5 * held
   assert memory.alias_size_in_bytes >= 0.9 * held
   scan = BATCH // mesh.size * LENGTH * 256 * 18 * 4
-  assert memory.temp_size_in_bytes < 4 * held + 8 * scan
+  assert memory.temp_size_in_bytes < 2 * scan
 
 
 @pytest.mark.parametrize("mixer", ["mamba", "attention"])
