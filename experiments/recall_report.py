@@ -91,10 +91,10 @@ def _table(rows, pairs, label, theirs) -> str:
         " / ".join(f"{x:.1f}" for x in paper) if paper else "not reported"
       )
     lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join([*lines, "", *_verdict(rows, pairs), ""])
+  return "\n".join([*lines, "", *verdict(rows, pairs), ""])
 
 
-def _verdict(rows, pairs) -> list[str]:
+def verdict(rows, pairs) -> list[str]:
   """Say of each polarized row whether it beats the default of its depth."""
   lines = []
   most = str(pairs[-1])

@@ -147,7 +147,9 @@ def _shapes(batch: Any) -> Hashable:
 
 
 def _tokens(batch: Any) -> int:
-  """B·T of the first array that has two axes, else the number of examples."""
+  """B·T of `tokens`, or of the first array with two axes, or examples."""
+  if isinstance(batch, dict) and "tokens" in batch:
+    batch = batch["tokens"]
   leaves = jax.tree.leaves(batch)
   for leaf in itertools.chain((x for x in leaves if x.ndim > 1), leaves):
     return int(np.prod(leaf.shape[:2]))
