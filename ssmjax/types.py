@@ -105,16 +105,16 @@ class Recurrence:
     initial_state: h₀, `[B, *S]`.
     readout: maps a state `[B, *S]` and a time index (an int or a traced
       scalar) to the mixer's output at that time, `[B, D]`, with whatever
-      follows the recurrence: gate, skip, projection.
+      follows the recurrence: gate, skip, projection. It is itself a pytree, a
+      `jax.tree_util.Partial` of a module-level function over the arrays that
+      it reads, so that a `Recurrence` passes through `jax.jit`.
   """
 
   a: Inexact[Array, "B T *S"]
   dt: Inexact[Array, "B T *R"]
   b: Inexact[Array, "B T *S"]
   initial_state: Inexact[Array, "B *S"]
-  readout: Callable[[Array, Any], Array] = dataclasses.field(
-    metadata={"static": True}
-  )
+  readout: Callable[[Array, Any], Array]
 
 
 def check_shapes(

@@ -66,10 +66,15 @@ def test_polarization_refuses_what_it_cannot_mean(fields, message):
     Polarization(**fields)
 
 
-def test_recurrence_is_a_pytree_of_its_arrays():
+def scaled(weight, h, t):
+  return weight * h
+
+
+def test_recurrence_is_a_pytree_of_its_arrays_and_its_readouts():
   x = jnp.ones((1, 2, 3))
-  layer = Recurrence(x, x, x, x[:, 0], readout=lambda h, t: h)
-  doubled = jax.tree.map(lambda leaf: 2 * leaf, layer)
-  assert len(jax.tree.leaves(layer)) == 4
+  readout = jax.tree_util.Partial(scaled, jnp.float32(3.0))
+  layer = Recurrence(x, x, x, x[:, 0], readout)
+  doubled = jax.jit(lambda r: jax.tree.map(lambda leaf: 2 * leaf, r))(layer)
+  assert len(jax.tree.leaves(layer)) == 5
   assert float(doubled.a.sum()) == 12
-  assert doubled.readout is layer.readout
+  assert float(doubled.readout(1.0, 0)) == 6

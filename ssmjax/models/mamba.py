@@ -231,14 +231,9 @@ class Mamba(nnx.Module):
     a = selective_decay(dt, self._A(), self.config.polarization)
     b = u[..., None].astype(jnp.float32) * B[:, :, None].astype(jnp.float32)
 
-    def readout(h, t):
-      at = lambda v: jax.lax.dynamic_index_in_dim(v, t, 1, keepdims=False)
-      y = (at(C).astype(jnp.float32)[:, None] * h).sum(-1)
-      y = y + self.D[...] * at(u).astype(jnp.float32)
-      y = y * jax.nn.silu(at(z).astype(jnp.float32))
-      y = y.astype(self.config.dtype)
-      return dense(y, self.out_proj[...]).astype(x.dtype)
-
+    readout = jax.tree_util.Partial(
+      _readout, C, u, self.D[...], z, self.out_proj[...], x[:0, 0]
+    )
     initial_state = jnp.zeros((a.shape[0], *a.shape[2:]), jnp.float32)
     return Recurrence(a, dt[..., None], b, initial_state, readout)
 
@@ -278,6 +273,15 @@ class Mamba(nnx.Module):
 
   def _A(self):
     return -jnp.exp(self.A_log[...])
+
+
+def _readout(C, u, D, z, out_proj, like, h, t):
+  """The output at time t from the state h, in the dtype of `like`."""
+  at = lambda v: jax.lax.dynamic_index_in_dim(v, t, 1, keepdims=False)
+  y = (at(C).astype(jnp.float32)[:, None] * h).sum(-1)
+  y = y + D * at(u).astype(jnp.float32)
+  y = (y * jax.nn.silu(at(z).astype(jnp.float32))).astype(z.dtype)
+  return dense(y, out_proj).astype(like.dtype)
 
 
 def _dt_bias(key, size, config):
