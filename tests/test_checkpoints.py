@@ -11,9 +11,11 @@ import optax
 import pytest
 
 from ssmjax.training import Checkpoints, CheckpointWarning, data_mesh
+from ssmjax.training.checkpoints import load_params
 from ssmjax.training.files import differing_fields, write_atomically
 
 CONFIG = {"settings": {"width": 8, "rates": [0.1, 0.2]}, "steps": 10}
+_NO_FILES = '{"best": 1, "config": {}, "files": 1}'
 
 
 def test_restored_state_is_the_saved_one_to_the_bit(tmp_path):
@@ -167,6 +169,43 @@ def test_other_configuration_is_refused_with_the_differing_fields(tmp_path):
 def test_keeping_one_checkpoint_is_refused(tmp_path):
   with pytest.raises(ValueError, match="keep is 1, expected at least 2"):
     Checkpoints(tmp_path, config=CONFIG, keep=1)
+
+
+def test_checkpoints_of_something_else_are_refused_and_left(tmp_path):
+  saved = tmp_path / "checkpoints" / "100"
+  saved.mkdir(parents=True)
+  with pytest.raises(ValueError, match=r"\[100\] without a manifest"):
+    Checkpoints(tmp_path, config=CONFIG)
+  assert saved.exists()
+
+
+@pytest.mark.parametrize(
+  "text", ["", "{}", "[1]", _NO_FILES, '{"step": ', "\0\0"]
+)
+def test_unreadable_manifest_is_a_fault_of_its_checkpoint(tmp_path, text):
+  two_saved(tmp_path)
+  (tmp_path / "checkpoints" / "manifest-2.json").write_text(text)
+  with (
+    pytest.warns(CheckpointWarning, match=r"checkpoints/2 .*manifest cannot"),
+    opened(tmp_path) as checkpoints,
+  ):
+    assert checkpoints.latest == 1
+  assert (tmp_path / "corrupt" / "2").exists()
+
+
+def test_best_is_never_not_a_number_and_on_a_tie_the_latest(tmp_path):
+  with opened(tmp_path, keep=4) as checkpoints:
+    for step, score in enumerate([0.5, np.nan, 0.5, np.nan], 1):
+      checkpoints.save(step, state_of(step), {}, best=score)
+  for mode in ("max", "min"):
+    params = abstract(state_of(3)["params"])
+    found = load_params(tmp_path, params, step="best", best_mode=mode)
+    assert_same(found, state_of(3)["params"])
+
+
+def test_folder_without_checkpoints_is_reported_by_load(tmp_path):
+  with pytest.raises(ValueError, match="no checkpoint 'latest'"):
+    load_params(tmp_path / "typo", {})
 
 
 def test_failed_save_is_reported(tmp_path, monkeypatch):

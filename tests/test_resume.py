@@ -184,6 +184,33 @@ def test_other_devices_or_versions_are_warned_of(tmp_path):
     toy_run.run(tmp_path, data=one_size(), hooks=[crash_at(5)])
 
 
+def test_folder_of_something_else_is_refused_and_left(tmp_path):
+  saved = tmp_path / "checkpoints" / "100"
+  saved.mkdir(parents=True)
+  with pytest.raises(ValueError, match="something else wrote them"):
+    toy_run.run(tmp_path, data=one_size())
+  assert saved.exists()
+  assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "\0\0", '{"hidden_size": 8}'])
+def test_unreadable_configuration_is_reported_with_the_way_out(tmp_path, text):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(
+    ValueError, match=r"config\.json cannot .*delete the file"
+  ):
+    toy_run.run(tmp_path, data=one_size())
+
+
+def test_damaged_line_of_the_metrics_is_left_out(tmp_path):
+  lines = [b'{"step": 1}', b'{"st\xffep": 2}', b"\0\0", b"[3]", b'{"step": 4}']
+  (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"st']))
+  with pytest.warns(UserWarning, match="line [234] is damaged") as found:
+    MetricsLog(tmp_path, 3).close()
+  assert len(found) == 3
+  assert read_metrics(tmp_path) == [{"step": 1}]
+
+
 def test_folder_is_for_one_process_at_a_time(tmp_path):
   def again(step, models):
     with pytest.raises(ValueError, match="another process trains"):

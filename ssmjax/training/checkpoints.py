@@ -13,6 +13,7 @@ manifest does.
 
 import hashlib
 import json
+import math
 import pathlib
 import shutil
 import threading
@@ -58,8 +59,9 @@ class Checkpoints:
       best_mode: whether a greater or a smaller value is better.
 
     Raises:
-      ValueError: `keep` is below 2, or the newest checkpoint belongs to
-        another configuration; the differing fields are named.
+      ValueError: `keep` is below 2, or the folder holds checkpoints that
+        something else wrote, or the newest belongs to another configuration;
+        the differing fields are named.
     """
     if keep < 2:
       raise ValueError(
@@ -68,6 +70,7 @@ class Checkpoints:
       )
     self._directory = pathlib.Path(directory).absolute()
     self._root = self._directory / "checkpoints"
+    refuse_foreign(self._directory)
     self._root.mkdir(parents=True, exist_ok=True)
     self._config = json.loads(json.dumps(config))
     self._sign = 1.0 if best_mode == "max" else -1.0
@@ -109,6 +112,8 @@ class Checkpoints:
     """
     self.wait()
     start = time.monotonic()
+    if best is not None and math.isnan(best):
+      best = None
     score = float("-inf") if best is None else self._sign * best
     self._manager.save(
       step,
@@ -193,7 +198,8 @@ class Checkpoints:
         CheckpointWarning,
         stacklevel=5,
       )
-      if fault == _UNFINISHED or whole:  # whole: a deletion was cut short
+      # Below a whole one, a deletion was cut short.
+      if fault == _UNFINISHED or (whole and fault != _DAMAGED):
         shutil.rmtree(path)
       else:
         aside = self._directory / "corrupt" / str(step)
@@ -217,6 +223,25 @@ class Checkpoints:
     refuse_other(self.path(step), found, self._config)
 
 
+def refuse_foreign(directory: pathlib.Path) -> None:
+  """Raises if `<directory>/checkpoints` was written by something else.
+
+  What has no manifest is taken for unfinished and removed, so a folder is only
+  opened if it is a run's own: by its `config.json`, or by any manifest.
+  """
+  root = directory / "checkpoints"
+  steps = sorted(_steps(root))
+  known = (directory / "config.json").exists() or any(
+    root.glob("manifest-*.json")
+  )
+  if steps and not known:
+    raise ValueError(
+      f"{root} holds the folders {steps} without a manifest, and {directory} "
+      "has no config.json: something else wrote them, and a run would remove "
+      "them. Choose another folder, or move them elsewhere."
+    )
+
+
 def refuse_other(path: Any, found: dict, expected: dict) -> None:
   """Raises if two configurations differ, with the differing fields."""
   lines = files.differing_fields(found, expected)
@@ -229,8 +254,20 @@ def refuse_other(path: Any, found: dict, expected: dict) -> None:
 
 
 def read_manifest(root: pathlib.Path, step: int) -> dict:
-  """Reads the manifest of a step's checkpoint."""
-  return json.loads(_manifest(root, step).read_text())
+  """Reads the manifest of a step's checkpoint; ValueError if it is damaged."""
+  path = _manifest(root, step)
+  found = json.loads(path.read_bytes())
+  if (
+    not isinstance(found, dict)
+    or not {"best", "config", "files"} <= found.keys()
+    or not isinstance(found["files"], dict)
+    or not all(
+      isinstance(entry, list) and len(entry) == 2
+      for entry in found["files"].values()
+    )
+  ):
+    raise ValueError(f"{path} is not a manifest.")
+  return found
 
 
 def load_params(
@@ -245,24 +282,31 @@ def load_params(
   Args:
     directory: the run's folder.
     abstract: `jax.ShapeDtypeStruct`s of the parameters, seed axis included.
-    step: which checkpoint.
+    step: which checkpoint; of equally good ones "best" is the latest.
     best_mode: what "best" means.
 
   Raises:
     ValueError: there is no such checkpoint, or it is not whole.
   """
   root = pathlib.Path(directory).absolute() / "checkpoints"
-  scores = {}
-  for found in _steps(root):
+  scores: dict[int, float | None] = {}
+  for found in sorted(_steps(root)):
     if _manifest(root, found).exists():
-      scores[found] = read_manifest(root, found)["best"]
-  known = {s: value for s, value in scores.items() if value is not None}
+      try:
+        scores[found] = read_manifest(root, found)["best"]
+      except ValueError:
+        scores[found] = None  # reported below if this is the one
+  known = {
+    s: value
+    for s, value in scores.items()
+    if value is not None and not math.isnan(value)
+  }
   chosen: int | None
   if step == "latest":
     chosen = max(scores, default=None)
   elif step == "best":
-    pick = max if best_mode == "max" else min
-    chosen = pick(known, key=lambda s: known[s], default=None)
+    sign = 1.0 if best_mode == "max" else -1.0
+    chosen = max(known, key=lambda s: (sign * known[s], s), default=None)
   else:
     chosen = step
   if chosen not in scores:
@@ -281,13 +325,18 @@ def load_params(
 
 
 _UNFINISHED = "it has no manifest, so its writing was cut short"
+_DAMAGED = "its manifest cannot be read"
 
 
 def _fault(root: pathlib.Path, step: int, *, read: bool) -> str | None:
   """Says what is wrong with a checkpoint; without `read` by sizes alone."""
   if not _manifest(root, step).exists():
     return _UNFINISHED
-  for name, (size, digest) in read_manifest(root, step)["files"].items():
+  try:
+    manifest = read_manifest(root, step)
+  except ValueError:
+    return _DAMAGED
+  for name, (size, digest) in manifest["files"].items():
     path = root / str(step) / name
     if not path.is_file():
       return f"its file {name} is missing"
@@ -299,6 +348,8 @@ def _fault(root: pathlib.Path, step: int, *, read: bool) -> str | None:
 
 
 def _steps(root: pathlib.Path) -> list[int]:
+  if not root.is_dir():
+    return []
   return [int(path.name) for path in root.iterdir() if path.name.isdigit()]
 
 

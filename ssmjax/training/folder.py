@@ -69,11 +69,12 @@ class RunFolder:
   def _check_config(self) -> None:
     path = self._directory / "config.json"
     if not path.exists():
+      checkpoints.refuse_foreign(self._directory)
       files.write_json(
         path, {"config": self.identity, "environment": self._environment}
       )
       return
-    found = json.loads(path.read_text())
+    found = _read_config(path)
     checkpoints.refuse_other(path, found["config"], self.identity)
     lines = files.differing_fields(found["environment"], self._environment)
     if lines:
@@ -82,6 +83,22 @@ class RunFolder:
         "bit-identical to one that never stopped:\n  " + "\n  ".join(lines),
         stacklevel=5,
       )
+
+
+def _read_config(path: pathlib.Path) -> dict:
+  try:
+    found = json.loads(path.read_bytes())
+    if all(isinstance(found[k], dict) for k in ("config", "environment")):
+      return found
+    fault = "it has other fields"
+  except (ValueError, KeyError, TypeError) as error:
+    fault = f"{type(error).__name__}: {error}"
+  raise ValueError(
+    f"{path} cannot be read as the configuration of a run ({fault}). If a run "
+    "of fit made this folder, delete the file and run again: it is written "
+    "anew, and the checkpoints hold the configuration too. Otherwise choose "
+    "another folder."
+  )
 
 
 class StopRequest:

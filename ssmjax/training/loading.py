@@ -29,6 +29,9 @@ def load(
     seeds: as given to `fit`.
     at: a step, or "latest", or "best" by the run's `best` metric.
     best_mode: as given to `fit`.
+
+  Raises:
+    ValueError: there is no such checkpoint, or it is not whole.
   """
   graphdef, abstract = abstract_state(init, optax.identity(), seeds)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

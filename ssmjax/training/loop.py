@@ -313,11 +313,13 @@ class _Run:
     scores = [metrics[config.best] for metrics in self._evaluated]
     score = float(np.mean(scores))
     sign = 1.0 if config.best_mode == "max" else -1.0
-    improved = self._best is None or sign * score > sign * self._best
+    improved = not np.isnan(score) and (
+      self._best is None or sign * score > sign * self._best
+    )
     if improved:
       self._best = score
     limit = config.stop_above
-    return score, improved, limit is not None and min(scores) > limit
+    return score, improved, limit is not None and all(s > limit for s in scores)
 
   def _save(self, score: float | None) -> None:
     self._drain(0)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import time
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -170,8 +171,20 @@ def _lines(path: pathlib.Path) -> list[dict]:
   """The file's whole lines; a kill may have left half of the last one."""
   if not path.exists():
     return []
-  whole, _, _ = path.read_text().rpartition("\n")
-  return [json.loads(line) for line in whole.splitlines()]
+  whole, _, _ = path.read_bytes().rpartition(b"\n")
+  lines = []
+  for number, text in enumerate(whole.split(b"\n") if whole else (), 1):
+    try:
+      line = json.loads(text.decode())
+      if not isinstance(line["step"], int):
+        raise TypeError("step is not a number")
+    except (ValueError, KeyError, TypeError):
+      warnings.warn(
+        f"{path}: line {number} is damaged and is left out.", stacklevel=3
+      )
+    else:
+      lines.append(line)
+  return lines
 
 
 def _event_writer(directory: pathlib.Path, step: int):
