@@ -74,6 +74,32 @@ def test_sigterm_saves_at_a_boundary_and_the_run_goes_on(
   assert_same_end((tmp_path, second), unbroken)
 
 
+def test_first_ctrl_c_saves_and_the_second_stops_at_once(tmp_path, capfd):
+  def once(step, models):
+    if step == 45:
+      signal.raise_signal(signal.SIGINT)
+
+  def twice(step, models):
+    signal.raise_signal(signal.SIGINT)
+
+  first = toy_run.run(tmp_path, data=one_size(), hooks=[once])
+  assert (first.step, first.finished, first.reason) == (45, False, "sigint")
+  assert "second Ctrl-C stops it at once" in capfd.readouterr().err
+  with pytest.raises(KeyboardInterrupt):
+    toy_run.run(tmp_path, data=one_size(), hooks=[twice, twice])
+  assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_ctrl_c_stays_ignored_where_it_was():
+  old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with StopRequest(None):
+      assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGINT, old)
+
+
 def test_minutes_stop_a_run_in_pieces(tmp_path, unbroken, capsys):
   piece = toy_run.run(tmp_path, data=one_size(), minutes=1e-3, progress=True)
   assert (piece.step, piece.finished, piece.reason) == (5, False, "minutes")
@@ -91,6 +117,11 @@ def test_clock_keeps_time_for_the_next_cell_and_the_last_save():
     assert stop.reason(["cell", "compile"], save_seconds=1.0) == "minutes"
     stop._recent["cell"] = [19.9]
     assert stop.reason(["cell"], save_seconds=1.0) == "minutes"
+    stop._recent = {"cell": [5.0], "compile": [22.0]}
+    assert stop.reason(["cell", "compile"], save_seconds=1.0) is None
+    assert stop.reason(["cell", "evaluate"], save_seconds=1.0) is None
+    for due in (["compile"] * 2, ["compile", "evaluate"]):
+      assert stop.reason(["cell", *due], save_seconds=1.0) == "minutes"
 
 
 def test_iterator_goes_on_from_its_saved_cursor(tmp_path, unbroken):

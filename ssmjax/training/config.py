@@ -95,7 +95,8 @@ class FitResult:
     models: one per seed, with the parameters after the last step.
     step: steps done.
     finished: whether the run is over; if not, the same call goes on.
-    reason: "finished", "stopped early", "minutes" or "sigterm".
+    reason: "finished", "stopped early", "minutes", "sigint" or
+      "sigterm".
     metrics: per seed, the last evaluation's metrics (empty without one).
     state: the train state.
   """

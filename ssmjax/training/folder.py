@@ -5,6 +5,7 @@ import fcntl
 import json
 import pathlib
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -102,29 +103,39 @@ def _read_config(path: pathlib.Path) -> dict:
 
 
 class StopRequest:
-  """SIGTERM and the clock: whether the run should stop at a boundary.
+  """Signals and the clock: whether the run should stop at a boundary.
+
+  SIGTERM and the first Ctrl-C (SIGINT) let the run finish its cell and save;
+  the second Ctrl-C stops at once.
 
   A cell's time is what it took lately, at its longest; since dispatches run
   ahead of the host by one, three of them are kept in reserve for the last save.
+  What has not run yet is taken to compile, and then to last like a cell.
   """
+
+  _REASONS = (None, "minutes", "sigint", "sigterm")  # the last one prevails
 
   def __init__(self, minutes: float | None):
     self._end = None
     if minutes is not None:
       self._end = time.monotonic() + 60 * minutes
-    self._terminated = False
+    self._signals: set[str] = set()
     self._recent: dict[str, list[float]] = {}
 
   def __enter__(self) -> "StopRequest":
     # Python takes signals in the main thread only.
-    self._old = None
+    self._old = {}
     if threading.current_thread() is threading.main_thread():
-      self._old = signal.signal(signal.SIGTERM, self._terminate)
+      self._old[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._terminate)
+      # Ignored in the background of a shell, and to stay so.
+      if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
     return self
 
   def __exit__(self, *exception) -> None:
-    if self._old is not None:
-      signal.signal(signal.SIGTERM, self._old)
+    for number, old in self._old.items():
+      if old is not None:  # None: not installed from Python
+        signal.signal(number, old)
 
   @contextlib.contextmanager
   def timed(self, name: str) -> Iterator["_Timing"]:
@@ -140,17 +151,29 @@ class StopRequest:
     """Says why to stop now, given what is due before the next chance to."""
     reserve = 1.0 + 2 * save_seconds
     # The first cell compiles; until another has run, it stands for all.
-    unknown = self._recent.get("compile", [0.0])
+    unknown = sum(max(self._recent.get(n, [0.0])) for n in ("compile", "cell"))
     for name in due:
       times = 3 if name == "cell" and "cell" in self._recent else 1
-      reserve += times * max(self._recent.get(name, unknown))
+      reserve += times * max(self._recent.get(name, [unknown]))
     late = self._end is not None and time.monotonic() + reserve > self._end
-    if _any_process(self._terminated):
-      return "sigterm"
-    return "minutes" if _any_process(late) else None
+    own = self._signals | ({"minutes"} if late else set())
+    ranks = [self._REASONS.index(reason) for reason in own]
+    return self._REASONS[_greatest(max(ranks, default=0))]
 
   def _terminate(self, *_) -> None:
-    self._terminated = True
+    self._signals.add("sigterm")
+
+  def _interrupt(self, *_) -> None:
+    if "sigint" in self._signals:
+      raise KeyboardInterrupt
+    self._signals.add("sigint")
+    with contextlib.suppress(RuntimeError):  # the signal came while printing
+      print(
+        "\nCtrl-C: the run stops and saves at the next boundary; a second "
+        "Ctrl-C stops it at once.",
+        file=sys.stderr,
+        flush=True,
+      )
 
 
 class _Timing:
@@ -158,8 +181,8 @@ class _Timing:
     self.name = name
 
 
-def _any_process(flag: bool) -> bool:
-  """Processes must stop at the same boundary."""
+def _greatest(value: int) -> int:
+  """Over all processes, which must stop at the same boundary."""
   if jax.process_count() == 1:
-    return flag
-  return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+    return value
+  return int(multihost_utils.process_allgather(np.asarray(value)).max())

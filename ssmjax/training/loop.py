@@ -63,6 +63,9 @@ def fit(
     mesh: has an axis "data", over which batches are divided; by default all
       devices.
 
+  SIGTERM or Ctrl-C stops the run at the next boundary, saved; a second Ctrl-C
+  stops it at once.
+
   Returns:
     A `FitResult`. If the folder's run is over, at once.
 
@@ -213,7 +216,7 @@ class _Run:
         self._cell(stop)
         self._boundary(hooks, stop)
       self._checkpoints.wait()
-      if self._over in ("minutes", "sigterm"):
+      if self._over in ("minutes", "sigint", "sigterm"):
         self._bar.say(
           f"Stopped ({self._over}) and saved after step {self._step} of "
           f"{config.steps}. To go on, run the same command again."
@@ -281,8 +284,7 @@ class _Run:
     size = self._config.steps_per_dispatch
     needed = self._source.programs(self._step, next_end, size)
     due = ["cell"]
-    if not needed <= self._programs.keys():
-      due.append("compile")
+    due += ["compile"] * len(needed - self._programs.keys())
     every = self._config.evaluate_every or self._config.steps
     if self._evaluate is not None and next_end % every == 0:
       due.append("evaluate")
