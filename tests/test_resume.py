@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -306,6 +307,47 @@ def test_run_stops_early_above_the_threshold_and_keeps_the_best(tmp_path):
     load(tmp_path, toy_run.init, seeds=(1, 2), at=50)
 
 
+def test_first_score_that_is_not_a_number_does_not_stay_the_best(tmp_path):
+  scores = {5: np.nan, 10: 0.5, 15: 0.4}
+  fit(
+    toy_run.init,
+    toy_run.loss,
+    toy_run.optimizer(),
+    one_size(),
+    toy_run.config(steps=15, evaluate_every=5, save_every=1000),
+    tmp_path,
+    evaluate=lambda model, step: {"held_out": scores[step]},
+    mesh=toy_run.two_devices(),
+  )
+  manifest = tmp_path / "checkpoints" / "manifest-10.json"
+  assert json.loads(manifest.read_text())["best"] == 0.5
+
+
+def test_speed_counts_all_seeds_and_no_evaluation(tmp_path):
+  def slow(model, step):
+    time.sleep(1.0)
+    return {"held_out": 0.0}
+
+  start = time.monotonic()
+  fit(
+    toy_run.init,
+    toy_run.loss,
+    toy_run.optimizer(),
+    one_size(),
+    toy_run.config(steps=20, evaluate_every=5, seeds=(1, 2)),
+    tmp_path,
+    evaluate=slow,
+    mesh=toy_run.two_devices(),
+  )
+  elapsed = time.monotonic() - start
+  lines = [m for m in read_metrics(tmp_path) if m["event"] == "train"]
+  assert [m["seed"] for m in lines] == [1, 2, 1, 2]
+  for line in lines:
+    tokens = line["tokens_per_second"] * line["seconds"]
+    assert round(tokens) == 10 * 2 * 16 * 8
+  assert lines[0]["seconds"] + lines[2]["seconds"] < elapsed - 8.0
+
+
 def test_run_without_tqdm_and_tensorboardx_prints_lines(
   tmp_path, monkeypatch, capsys
 ):
@@ -362,6 +404,10 @@ def test_fit_runs_outside_of_the_main_thread(tmp_path):
     ({"seeds": (1, 1)}, "seeds are"),
     ({"seeds": (-1,)}, "seeds are"),
     ({"stop_above": 0.9}, "needs best"),
+    ({"keep": 1}, "keep is 1"),
+    ({"minutes": 0}, "minutes is 0"),
+    ({"minutes": float("nan")}, "minutes is nan"),
+    ({"best_mode": "maximum"}, "best_mode is 'maximum'"),
     ({"strategy": "xmap"}, "strategy is 'xmap'"),
   ],
 )

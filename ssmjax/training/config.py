@@ -34,8 +34,9 @@ class FitConfig:
     best: the metric of `evaluate` (mean over seeds) by which the best
       checkpoint is kept, whenever it improves.
     best_mode: whether "max" or "min" is better.
-    stop_above: stops early once `best` is above this for every seed.
-    minutes: stops in time to have saved after so many minutes.
+    stop_above: stops early once `best` is above this for every seed at one
+      evaluation; several seeds therefore all train on until the slowest passes.
+    minutes: stops in time to have saved after so many minutes; None for never.
     progress: show a bar (tqdm) or lines.
   """
 
@@ -62,6 +63,16 @@ class FitConfig:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f"FitConfig: {name} is {value}, expected at least 1.")
+    if self.keep < 2:
+      raise ValueError(f"FitConfig: keep is {self.keep}, expected at least 2.")
+    if self.minutes is not None and not self.minutes > 0:
+      raise ValueError(
+        f"FitConfig: minutes is {self.minutes}, expected more than 0, or None."
+      )
+    if self.best_mode not in ("max", "min"):
+      raise ValueError(
+        f"FitConfig: best_mode is {self.best_mode!r}, expected 'max' or 'min'."
+      )
     sharding.check_strategy(self.strategy)
     distinct = len(set(self.seeds)) == len(self.seeds) > 0
     if not distinct or not all(0 <= seed < 2**32 for seed in self.seeds):

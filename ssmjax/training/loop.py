@@ -1,9 +1,10 @@
 """`fit`: a run that can be killed at any moment and goes on exactly."""
 
 import collections
+import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -137,7 +138,7 @@ class _Run:
     self._evaluated: list[dict] = []
     self._best: float | None = None
     self._over: str | None = None
-    self._made = 0  # tokens since the last line
+    self._made = 0  # tokens of all seeds since the last line
 
   def fit(self, hooks: Sequence[Hook]) -> FitResult:
     config = self._config
@@ -263,7 +264,8 @@ class _Run:
     ):
       with stop.timed("evaluate"):
         self._drain(0)
-        score, improved, passed = self._evaluation()
+        with self._clock_stopped():
+          score, improved, passed = self._evaluation()
       save |= improved
       if passed:
         self._over = "stopped early"
@@ -325,7 +327,6 @@ class _Run:
 
   def _save(self, score: float | None) -> None:
     self._drain(0)
-    self._log.sync()
     progress = {
       "step": self._step,
       "sums": self._sums.to_json(),
@@ -334,7 +335,16 @@ class _Run:
       "evaluated": self._evaluated,
       "cursor": self._source.cursor(),
     }
-    self._checkpoints.save(self._step, self._state, progress, best=score)
+    with self._clock_stopped():
+      self._log.sync()
+      self._checkpoints.save(self._step, self._state, progress, best=score)
+
+  @contextlib.contextmanager
+  def _clock_stopped(self) -> Iterator[None]:
+    """Leaves out of a line's seconds what is no training."""
+    start = time.monotonic()
+    yield
+    self._clock += time.monotonic() - start
 
   def _drain(self, leave: int) -> None:
     """Reads pending metrics until `leave` dispatches are left in flight."""
@@ -358,7 +368,8 @@ class _Run:
   def _count(self, run: sources.Run) -> None:
     if run.kind not in self._tokens:
       self._tokens[run.kind] = self._source.tokens(run)
-    self._made += run.steps * self._tokens[run.kind]
+    seeds = len(self._config.seeds)
+    self._made += run.steps * seeds * self._tokens[run.kind]
 
   def _write_line(self, at: int) -> None:
     now = time.monotonic()

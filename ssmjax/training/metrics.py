@@ -13,7 +13,10 @@ import numpy as np
 
 from ssmjax.training import files
 
-# The fields of a line that differ from run to run.
+# The fields of a line that differ from run to run: the seconds of training
+# since the line before, without evaluation and saving (the first line's, and
+# any other's with a new program, hold its compilation), and all seeds' tokens
+# in them.
 WALL_CLOCK = ("seconds", "tokens_per_second")
 
 
