@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from ssmjax.training import (
   load,
   read_metrics,
 )
-from ssmjax.training.folder import StopRequest
+from ssmjax.training.folder import RunFolder, StopRequest
 from ssmjax.training.metrics import MetricsLog
 
 SCRIPT = pathlib.Path(toy_run.__file__)
@@ -208,12 +209,26 @@ def test_other_devices_or_versions_are_warned_of(tmp_path):
   with pytest.raises(Crash):
     toy_run.run(tmp_path, data=one_size(), hooks=[crash_at(5)])
   path = tmp_path / "config.json"
-  path.write_text(path.read_text().replace("2 × cpu", "4 × tpu"))
+  text = path.read_text().replace("2 × cpu", "4 × tpu")
+  path.write_text(text.replace(" cores of ", "99 cores of "))
+  expected = (
+    r"cpu: found .*99 cores of .*\n.*devices: found .4 × tpu., expected"
+  )
   with (
-    pytest.warns(UserWarning, match=r"devices: found .4 × tpu., expected"),
+    pytest.warns(UserWarning, match=expected),
     pytest.raises(Crash),
   ):
     toy_run.run(tmp_path, data=one_size(), hooks=[crash_at(5)])
+
+
+def test_library_that_is_not_installed_can_train(monkeypatch):
+  def missing(name):
+    raise metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(metadata, "version", missing)
+  folder = RunFolder(pathlib.Path("run"), {}, toy_run.two_devices())
+  versions = folder._environment["versions"]
+  assert set(versions.values()) == {"not installed"}
 
 
 def test_folder_of_something_else_is_refused_and_left(tmp_path):

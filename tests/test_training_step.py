@@ -328,6 +328,7 @@ def initial(init, optimizer, seeds):
 
 def test_determinism_is_asked_for_in_time_or_denied(monkeypatch):
   started = [False]
+  monkeypatch.setattr("ssmjax.training.determinism._found", None)
   monkeypatch.setattr(
     "jax._src.xla_bridge.backends_are_initialized", lambda: started[0]
   )
@@ -336,12 +337,15 @@ def test_determinism_is_asked_for_in_time_or_denied(monkeypatch):
   flag = "--xla_gpu_deterministic_ops"
   assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x {flag}=true"
   assert ensure_deterministic()
-  monkeypatch.setenv("XLA_FLAGS", f"{flag}=false")
-  assert not ensure_deterministic()
+  for off in ("false", "0"):
+    monkeypatch.setenv("XLA_FLAGS", f"{flag} {flag}={off}")
+    assert not ensure_deterministic()
   monkeypatch.setenv("XLA_FLAGS", "")
   started[0] = True
   assert ensure_deterministic()  # a CPU needs no flag
   monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+  assert not ensure_deterministic()
+  monkeypatch.setenv("XLA_FLAGS", f"{flag}=true")  # too late
   assert not ensure_deterministic()
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import json
+import os
 import pathlib
+import platform
 import signal
 import sys
 import threading
@@ -11,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,10 +39,12 @@ class RunFolder:
     self.exact = ensure_deterministic()
     self._directory = directory
     device = mesh.devices.flat[0]
-    self._environment = {
+    self._environment: dict[str, Any] = {
       "devices": f"{mesh.size} × {device.device_kind}",
-      "versions": {name: metadata.version(name) for name in _VERSIONS},
+      "versions": {name: _version(name) for name in _VERSIONS},
     }
+    if device.platform == "cpu":  # its sums depend on both
+      self._environment["cpu"] = f"{_cores()} cores of {_cpu_model()}"
 
   def __enter__(self) -> "RunFolder":
     """Locks the folder, then checks or writes `config.json`."""
@@ -84,6 +89,31 @@ class RunFolder:
         "bit-identical to one that never stopped:\n  " + "\n  ".join(lines),
         stacklevel=5,
       )
+
+
+def _version(name: str) -> str:
+  try:
+    return metadata.version(name)
+  except metadata.PackageNotFoundError:  # a clone on the path, say
+    return "not installed"
+
+
+def _cores() -> int:
+  """The cores that this process may use, where the system says."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    lines = []
+  for line in lines:
+    if line.startswith("model name"):
+      return line.partition(":")[2].strip()
+  return platform.processor() or platform.machine()
 
 
 def _read_config(path: pathlib.Path) -> dict:

@@ -62,7 +62,7 @@ def fit(
       arrays are replicated over the mesh.
     hooks: called as `hook(step, models)` at every boundary of the grid.
     mesh: has an axis "data", over which batches are divided; by default all
-      devices.
+      devices, of every process.
 
   SIGTERM or Ctrl-C stops the run at the next boundary, saved; a second Ctrl-C
   stops it at once.

@@ -25,7 +25,10 @@ AXIS = "data"
 
 
 def data_mesh(devices: Any = None) -> Mesh:
-  """Makes a mesh with the one axis "data" over `devices` (all by default)."""
+  """Makes a mesh with the one axis "data" over `devices`.
+
+  By default over `jax.devices()`: every device of every process.
+  """
   devices = np.asarray(jax.devices() if devices is None else devices)
   return Mesh(devices.reshape(-1), (AXIS,), axis_types=(AxisType.Auto,))
 
