@@ -39,7 +39,7 @@ venv: $(VENV)/installed
 	@echo "$(VENV) is ready: $$($(RUN) -V), ssmjax and its experiments"
 
 recall: $(VENV)/installed
-	$(RUN) -m experiments.recall --preset cpu --out runs/recall $(ARGS)
+	$(RUN) -m experiments.recall $(ARGS)
 
 test: $(VENV)/installed-test $(VENV)/installed-tpu-aot
 	@$(AOT); $(PYTEST) $(ARGS)

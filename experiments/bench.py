@@ -21,7 +21,6 @@ and the ratio of each median to that of `associative`.
 import dataclasses
 import functools
 import importlib.util
-import os
 import pathlib
 import statistics
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 import ssmjax.ops
 from experiments.bench_step import bench_step
-from experiments.results import provenance, write_json
+from experiments.results import provenance, use_cores, write_json
 from experiments.timing import in_turns, scan_inputs
 
 _SHAPES = ("2,2048,1536,16", "1,16384,768,16", "8,512,256,16", "64,256,128,16")
@@ -63,20 +62,27 @@ class Scan:
 
 def main() -> None:
   """Run the subcommand of the command line."""
-  jax.config.update("jax_num_cpu_devices", os.cpu_count())
+  use_cores()
   tyro.extras.subcommand_cli_from_dict({"scan": _scan_command})
 
 
 def _scan_command(config: tyro.conf.OmitArgPrefixes[Scan]) -> None:
   """Time the selective scans."""
-  results = [bench_scan(_shape(text), config) for text in config.shapes]
-  step = bench_step(config.repeats) if config.step else None
+  origin = provenance()
+  settings = dataclasses.asdict(config) | dict(out=str(config.out))
+  results: list[dict] = []
+
+  def keep(step=None):
+    if config.out:
+      whole = dict(config=settings, results=results, step=step)
+      write_json(config.out, origin | whole)
+
+  for text in config.shapes:
+    results.append(bench_scan(_shape(text), config))
+    keep()
+  if config.step:
+    keep(bench_step(config.repeats))
   if config.out:
-    settings = dataclasses.asdict(config) | dict(out=str(config.out))
-    write_json(
-      config.out,
-      provenance() | dict(config=settings, results=results, step=step),
-    )
     print(f"written: {config.out}")
 
 

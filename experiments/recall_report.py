@@ -7,10 +7,10 @@ import os
 import pathlib
 from typing import Any
 
-from experiments.recall_settings import PAPER_TABLE, Setting
-from experiments.results import write_json
+from experiments.recall_settings import PAPER_TABLE, Setting, identity
+from experiments.results import write_json, write_text
 
-__all__ = ["report"]
+__all__ = ["report", "verdict"]
 
 _COLORS = {
   "default": "#7f7f7f",
@@ -22,10 +22,11 @@ _COLORS = {
 
 
 def report(out: pathlib.Path, made: Setting, preset: str) -> None:
-  """Collect the finished rows under `out`; print and write table and plot.
+  """Collect the finished seeds of `made`'s rows; print and write the report.
 
   Writes `results.json` (everything needed to redraw), `table.md` and
-  `recall.png`. Rows of another label than `made`'s are left out.
+  `recall.png` under `out`. Results of another setting are left out, and said
+  to be.
   """
   rows = _collect(out, made)
   if not rows:
@@ -37,34 +38,42 @@ def report(out: pathlib.Path, made: Setting, preset: str) -> None:
     {"label": made.label, "preset": preset, "pairs": pairs, "rows": rows},
   )
   text = _table(rows, pairs, made.label, theirs=preset.startswith("paper"))
-  _write_text(out / "table.md", text)
+  write_text(out / "table.md", text)
   print("\n" + text)
   _plot(rows, pairs, made.label, out / "recall.png", preset)
   print(f"Written: {out}/table.md, {out}/recall.png, {out}/results.json")
 
 
 def _collect(out: pathlib.Path, made: Setting) -> list[dict[str, Any]]:
-  """The finished rows in the preset's order, seeds of a row together."""
-  order = {row.name: i for i, row in enumerate(made.rows)}
-  found: dict[str, list] = collections.defaultdict(list)
-  for path in sorted(out.glob("*/seeds-*/result.json")):
-    result = json.loads(path.read_text())
-    if result["label"] == made.label and result["row"] in order:
-      found[result["row"]].append(result)
+  """The finished seeds of each row, in the preset's order."""
   rows = []
-  for name in sorted(found, key=order.__getitem__):
-    results = found[name]
+  for row in made.rows:
+    results = []
+    for path in (out / row.name).glob("seed-*.json"):
+      result = json.loads(path.read_text())
+      if result["setting"] == identity(made, row):
+        results.append(result)
+      else:
+        print(f"recall: {path} is of another setting and left out.")
+    if not results:
+      continue
+    results.sort(key=lambda result: result["seed"])
+    keys = [
+      "seed",
+      "steps",
+      "accuracy",
+      "distance",
+      "commit",
+      "device",
+      "versions",
+    ]
     rows.append(
       {
-        "row": name,
-        "layers": results[0]["layers"],
+        "row": row.name,
+        "layers": row.layers,
+        "polarized": row.polarization is not None,
         "parameters": results[0]["parameters"],
-        "steps": [r["steps"] for r in results],
-        "commits": sorted({r["commit"] for r in results}),
-        "device": sorted({r["device"] for r in results}),
-        "seeds": [s for r in results for s in r["seeds"]],
-        "accuracy": [a for r in results for a in r["accuracy"]],
-        "distance": [d for r in results for d in r["distance"]],
+        "runs": [{key: result[key] for key in keys} for result in results],
       }
     )
   return rows
@@ -82,9 +91,9 @@ def _table(rows, pairs, label, theirs) -> str:
     "|" + " --- |" * len(heads),
   ]
   for row in rows:
-    columns = [[a[str(k)] for a in row["accuracy"]] for k in pairs]
-    columns.append([sum(a.values()) / len(a) for a in row["accuracy"]])
-    cells = [row["row"], *map(_mean, columns), str(len(row["seeds"]))]
+    columns = _columns(row, pairs)
+    columns.append([_average(c) for c in zip(*columns, strict=True)])
+    cells = [row["row"], *map(_mean, columns), str(len(row["runs"]))]
     if theirs:
       paper = PAPER_TABLE.get(row["row"])
       cells.append(
@@ -94,35 +103,40 @@ def _table(rows, pairs, label, theirs) -> str:
   return "\n".join([*lines, "", *verdict(rows, pairs), ""])
 
 
-def verdict(rows, pairs) -> list[str]:
-  """Say of each polarized row whether it beats the default of its depth."""
-  lines = []
-  most = str(pairs[-1])
-  scores = {
-    row["row"]: [a[most] for a in row["accuracy"]] for row in rows
-  }  # fmt: skip
+def verdict(rows: list[dict[str, Any]], pairs: list[int]) -> list[str]:
+  """Say of each polarized row whether it beats the default of its depth.
+
+  From three seeds on: a difference is an effect where it exceeds its 95 %
+  confidence interval (Student's t, pooled degrees of freedom).
+  """
+  lines, few = [], False
+  most = pairs[-1]
+  scores = {row["row"]: _columns(row, [most])[0] for row in rows}
   for row in rows:
     base = scores.get(f"default-{row['layers']}")
-    if base is None or row["row"].startswith("default"):
+    if base is None or not row["polarized"]:
       continue
     mine = scores[row["row"]]
-    gain = 100 * (_average(mine) - _average(base))
-    noise = 100 * 2 * math.hypot(_error(mine), _error(base))
-    if gain > max(noise, 1.0):
-      word = "better"
-    elif gain < -max(noise, 1.0):
-      word = "worse"
-    else:
-      word = "no effect seen at this scale"
-    lines.append(
+    gain = _average(mine) - _average(base)
+    text = (
       f"- {row['row']} against default-{row['layers']} at {most} pairs:"
-      f" {gain:+.1f} points, {word}"
+      f" {gain:+.1f} points"
     )
-  few = min(len(row["seeds"]) for row in rows)
-  if few < 3:
+    if min(len(mine), len(base)) < 3:
+      few = True
+    else:
+      noise = _quantile(len(mine) + len(base) - 2) * math.hypot(
+        _error(mine), _error(base)
+      )
+      word = "better" if gain > 0 else "worse"
+      if abs(gain) <= noise:
+        word = "no effect seen at this scale"
+      text += f" ± {noise:.1f}: {word}"
+    lines.append(text)
+  if few:
     lines.append(
-      f"- n = {few} seed{'s' * (few > 1)}: run more with --seeds 0 1 2 …;"
-      " a difference of one seed is not an effect."
+      "- n < 3: a difference between single seeds is not an effect; run"
+      " more with --seeds 0 1 2."
     )
   return lines
 
@@ -144,7 +158,7 @@ def _plot(rows, pairs, label, path: pathlib.Path, preset) -> None:
       "marker": {2: "o", 4: "s"}.get(row["layers"], "^"),
       "markersize": 5,
     }
-    columns = [[100 * a[str(k)] for a in row["accuracy"]] for k in pairs]
+    columns = _columns(row, pairs)
     means = [_average(c) for c in columns]
     deviations = [_deviation(c) for c in columns]
     left.errorbar(
@@ -153,12 +167,14 @@ def _plot(rows, pairs, label, path: pathlib.Path, preset) -> None:
     paper = PAPER_TABLE.get(row["row"])
     if preset.startswith("paper") and paper:
       left.plot(pairs, paper, color=style["color"], linestyle=":", alpha=0.6)
-    distances, accuracy = _over_distance(row["distance"])
+    distances, accuracy = _over_distance(row["runs"], pairs[-1])
     right.plot(distances, accuracy, **style)
   left.set_xlabel("key-value pairs")
   left.set_xscale("log", base=2)
   left.set_xticks(pairs, [str(k) for k in pairs])
-  right.set_xlabel("distance from key to query, tokens")
+  right.set_xlabel(
+    f"distance from key to query, tokens (with {pairs[-1]} pairs)"
+  )
   right.set_xscale("log", base=2)
   right.xaxis.set_major_formatter(plain)
   right.xaxis.set_minor_formatter(NullFormatter())
@@ -172,31 +188,35 @@ def _plot(rows, pairs, label, path: pathlib.Path, preset) -> None:
     title += " (dotted: Wang et al. 2025)"
   figure.suptitle(title, fontsize=10)
   figure.tight_layout()
-  temporary = path.with_suffix(".tmp.png")
+  temporary = path.with_suffix(f".{os.getpid()}.png")
   figure.savefig(temporary, dpi=150)
   os.replace(temporary, path)
   plt.close(figure)
 
 
-def _over_distance(distances):
-  """Accuracy by octave of distance over all numbers of pairs and seeds."""
+def _over_distance(runs, pairs):
+  """Accuracy by octave of distance over all seeds, at one number of pairs."""
   right: collections.Counter = collections.Counter()
   asked: collections.Counter = collections.Counter()
-  for seed in distances:
-    for bins in seed.values():
-      for entry in bins:
-        right[entry["from"]] += entry["right"]
-        asked[entry["from"]] += entry["asked"]
+  for run in runs:
+    for entry in run["distance"][str(pairs)]:
+      right[entry["from"]] += entry["right"]
+      asked[entry["from"]] += entry["asked"]
   # An octave with a handful of queries is noise.
   octaves = [o for o in sorted(asked) if asked[o] >= 50]
   middle = [o * math.sqrt(2) for o in octaves]
   return middle, [100 * right[o] / asked[o] for o in octaves]
 
 
+def _columns(row, pairs) -> list[list[float]]:
+  """Accuracy in per cent, for each number of pairs a list over seeds."""
+  return [[100 * run["accuracy"][str(k)] for run in row["runs"]] for k in pairs]
+
+
 def _mean(values) -> str:
-  text = f"{100 * _average(values):.1f}"
+  text = f"{_average(values):.1f}"
   if len(values) > 1:
-    text += f" ± {100 * _deviation(values):.1f}"
+    text += f" ± {_deviation(values):.1f}"
   return text
 
 
@@ -212,11 +232,11 @@ def _deviation(values) -> float:
 
 
 def _error(values) -> float:
-  """Standard error of the mean; nothing is known of it from one seed."""
+  """Standard error of the mean."""
   return _deviation(values) / math.sqrt(len(values))
 
 
-def _write_text(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_suffix(path.suffix + ".tmp")
-  temporary.write_text(text)
-  os.replace(temporary, path)
+def _quantile(freedom: int) -> float:
+  """Student's t at 97.5 %; for degrees not listed, of the next fewer."""
+  table = {4: 2.78, 5: 2.57, 6: 2.45, 8: 2.31, 10: 2.23, 15: 2.13, 30: 2.04}
+  return table[max(k for k in table if k <= freedom)]

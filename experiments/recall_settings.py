@@ -1,7 +1,9 @@
 """What each preset of the recall experiment trains, and on what."""
 
 import dataclasses
-from typing import Literal
+import json
+import pathlib
+from typing import Any, Literal
 
 from ssmjax import models
 from ssmjax.data import (
@@ -13,7 +15,15 @@ from ssmjax.data import (
 )
 from ssmjax.types import Polarization
 
-__all__ = ["PAPER_TABLE", "Row", "Setting", "model_config", "setting"]
+__all__ = [
+  "PAPER_TABLE",
+  "Row",
+  "Setting",
+  "identity",
+  "model_config",
+  "result_file",
+  "setting",
+]
 
 # Wang et al. 2025, Table 2/5: accuracy in per cent at 64, 128 and 256 pairs.
 # One seed, no error bars; "one-4" is run by their script but not reported.
@@ -103,6 +113,7 @@ def setting(
   init: Literal["mamba", "authors"] | None = None,
   mix: Literal["paper", "authors"] = "authors",
   epochs: int | None = None,
+  zero_decay: Literal["exact", "authors", "paper"] = "exact",
 ) -> Setting:
   """Make the setting of a preset.
 
@@ -112,6 +123,7 @@ def setting(
     mix: training data of the paper presets: what the text says or what the
       released code does.
     epochs: another number than the preset's, for the paper presets.
+    zero_decay: of the zero-channels, see `Polarization`.
   """
   if preset == "smoke":
     made = _SMOKE
@@ -120,10 +132,33 @@ def setting(
   else:
     made = _paper(mix, epochs or {"paper": 64, "paper-short": 2}[preset])
   made = dataclasses.replace(made, init=init or made.init)
+  if zero_decay != "exact":
+    leaking = lambda row: dataclasses.replace(
+      row,
+      polarization=row.polarization
+      and dataclasses.replace(row.polarization, zero_decay=zero_decay),
+    )
+    made = dataclasses.replace(
+      made,
+      rows=tuple(map(leaking, made.rows)),
+      label=f"{made.label}; zero-channels as in the {zero_decay} mode",
+    )
   whose = {"mamba": "Mamba's", "authors": "the authors'"}[made.init]
   return dataclasses.replace(
     made, label=f"{made.label}; {whose} initialisation"
   )
+
+
+def identity(made: Setting, row: Row) -> dict[str, Any]:
+  """What decides a row's numbers, JSON-able."""
+  fields = dataclasses.asdict(made)
+  del fields["rows"], fields["label"]
+  return json.loads(json.dumps({**fields, "row": dataclasses.asdict(row)}))
+
+
+def result_file(out: pathlib.Path, row: Row, seed: int) -> pathlib.Path:
+  """Where the result of one seed of a row is kept."""
+  return out / row.name / f"seed-{seed}.json"
 
 
 def model_config(setting: Setting, row: Row) -> models.ModelConfig:
@@ -135,8 +170,9 @@ def model_config(setting: Setting, row: Row) -> models.ModelConfig:
   attention = row.mixer == "attention"
   mixer: models.MambaConfig | models.AttentionConfig
   if attention:
-    # One head, four times the width in the MLP, learned positions: the
-    # transformer of the paper's script.
+    # A transformer of the same width: one head, four times the width in the
+    # MLP, learned positions, as the released script has it; but with RMSNorm,
+    # without biases and dropout.
     mixer = models.AttentionConfig(
       num_heads=1, positions="none", max_length=longest, init=setting.init
     )
@@ -196,7 +232,7 @@ def _paper(mix: str, epochs: int) -> Setting:
     label=(
       f"the paper's setting, {mix} mix"
       if whole
-      else f"the paper's model and {mix} mix, {epochs} of 64 epochs"
+      else f"the paper's model and {mix} mix, {epochs} epochs in place of 64"
     ),
     rows=_rows(2, 4),
     train=train,
@@ -216,13 +252,14 @@ def _paper(mix: str, epochs: int) -> Setting:
     init="authors",
     steps_per_dispatch=49,
     evaluate_every=steps_per_epoch,
-    save_every=steps_per_epoch,
+    # A quarter of the authors' epoch: what a hard kill can cost.
+    save_every=588,
     stop_above=0.99 if whole else None,
     test_batch=50,
   )
 
 
-def _toy(train, test, **fields) -> Setting:
+def _toy(train, test, test_size, **fields) -> Setting:
   """A setting from (length, pairs); training never shows an example twice."""
   vocab, batch = fields["vocab_size"], fields["batch_size"]
   # Ten dispatches of one segment, then shuffled: whole dispatches of one kind.
@@ -233,9 +270,7 @@ def _toy(train, test, **fields) -> Setting:
       for length, count in pairs
     )
   )
-  return Setting(
-    train=make(train, size), test=make(test, fields["test_batch"]), **fields
-  )
+  return Setting(train=make(train, size), test=make(test, test_size), **fields)
 
 
 _SMOKE = _toy(
@@ -252,7 +287,7 @@ _SMOKE = _toy(
   steps_per_dispatch=20,
   evaluate_every=20,
   save_every=20,
-  test_batch=128,
+  test_size=128,
 )
 
 # Found by trial (see LOG.md): small enough for minutes on a CPU, large enough
@@ -274,5 +309,5 @@ _CPU = _toy(
   steps_per_dispatch=50,
   evaluate_every=500,
   save_every=500,
-  test_batch=512,
+  test_size=512,
 )

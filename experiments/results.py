@@ -5,13 +5,12 @@ import os
 import pathlib
 import platform
 import subprocess
-import tempfile
 from importlib import metadata
 from typing import Any
 
 import jax
 
-__all__ = ["provenance", "write_json"]
+__all__ = ["provenance", "use_cores", "write_json", "write_text"]
 
 
 def provenance() -> dict[str, Any]:
@@ -25,7 +24,7 @@ def provenance() -> dict[str, Any]:
     "host": f"{platform.machine()}, {os.cpu_count()} cores",
     "python": platform.python_version(),
     "versions": {
-      name: metadata.version(name)
+      name: _version(name)
       for name in ("ssmjax", "jax", "jaxlib", "flax", "optax")
     },
   }
@@ -33,18 +32,43 @@ def provenance() -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Write all of it or nothing."""
+  write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Write all of it or nothing."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   try:
-    with os.fdopen(handle, "w") as file:
-      json.dump(value, file, indent=1, allow_nan=False)
-      file.write("\n")
+    with open(temporary, "w") as file:
+      file.write(text)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _version(name: str) -> str:
+  try:
+    return metadata.version(name)
+  except metadata.PackageNotFoundError:
+    return "not installed"
+
+
+def use_cores(devices: int = 0) -> None:
+  """Make CPU devices, so that batches are divided over cores.
+
+  Args:
+    devices: how many; 0 for a power of two, which divides batches, of at most
+      8 and at most the usable cores.
+  """
+  if not devices:
+    usable = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+      usable = len(os.sched_getaffinity(0))
+    devices = 1 << (min(usable, 8).bit_length() - 1)
+  jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _commit() -> str:

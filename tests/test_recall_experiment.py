@@ -21,13 +21,12 @@ def test_smoke_run_leaves_results_table_and_plot(smoke):
   results = json.loads((smoke / "results.json").read_text())
   assert [row["row"] for row in results["rows"]] == ["default-2", "both-2"]
   for row in results["rows"]:
-    assert row["seeds"] == [0]
-    for accuracy in row["accuracy"]:
-      assert set(accuracy) == {"2", "4"}
-      assert all(0 <= value <= 1 for value in accuracy.values())
-    for distances in row["distance"]:
-      asked = {k: sum(b["asked"] for b in v) for k, v in distances.items()}
-      assert asked == {"2": 2 * 128, "4": 4 * 128}
+    (run,) = row["runs"]
+    assert run["seed"] == 0
+    assert set(run["accuracy"]) == {"2", "4"}
+    assert all(0 <= value <= 1 for value in run["accuracy"].values())
+    asked = {k: sum(b["asked"] for b in v) for k, v in run["distance"].items()}
+    assert asked == {"2": 2 * 128, "4": 4 * 128}
   table = (smoke / "table.md").read_text()
   assert "| default-2 |" in table
   assert "both-2 against default-2" in table
@@ -46,9 +45,9 @@ def test_row_stopped_by_minutes_is_reported_as_unfinished(tmp_path, capsys):
   arguments = recall.Arguments(
     preset="smoke", out=tmp_path, rows=("default-2",), minutes=1e-6
   )
-  assert recall.main(arguments) == 0
+  assert recall.main(arguments) == 75
   assert "same command goes on" in capsys.readouterr().out
-  assert not (tmp_path / "default-2/seeds-0/result.json").exists()
+  assert not (tmp_path / "default-2/seed-0.json").exists()
 
 
 def test_unknown_row_is_refused_with_those_there_are(tmp_path):
@@ -57,21 +56,56 @@ def test_unknown_row_is_refused_with_those_there_are(tmp_path):
     recall.main(arguments)
 
 
-def test_verdict_says_where_no_effect_is_seen():
+def test_seed_is_counted_once_however_it_was_asked_for(smoke, monkeypatch):
+  trained = []
+
+  def fit(init, loss, optimizer, stream, config, folder, **kwargs):
+    trained.append(config.seeds)
+    raise SystemExit
+
+  monkeypatch.setattr(recall.training, "fit", fit)
+  with pytest.raises(SystemExit):
+    recall.main(recall.Arguments(preset="smoke", out=smoke, seeds=(0, 1, 2)))
+  assert trained == [(1, 2)]
+
+
+def test_result_of_another_setting_is_left_out(smoke, capsys):
+  made = dataclasses.replace(recall_settings.setting("smoke"), steps=41)
+  recall_report.report(smoke, made, "smoke")
+  assert "of another setting and left out" in capsys.readouterr().out
+
+
+def test_test_sets_share_no_example(smoke):
+  made = recall_settings.setting("paper")
+  starts = [made.test.offsets[i] for i in range(len(made.test.segments))]
+  assert starts == [0, 1000, 2000]
+
+
+def row(name, values):
+  runs = [{"accuracy": {"4": value}} for value in values]
+  polarized = not name.startswith("default")
+  return {"row": name, "layers": 2, "polarized": polarized, "runs": runs}
+
+
+def test_verdict_of_three_seeds_says_where_an_effect_is_seen():
   rows = [
-    {"row": name, "layers": 2, "seeds": [0], "accuracy": [{"4": value}]}
-    for name, value in (
-      ("default-2", 0.5),
-      ("one-2", 0.505),
-      ("both-2", 0.75),
-      ("zero-2", 0.25),
-    )
+    row("default-2", (0.50, 0.51, 0.52)),
+    row("one-2", (0.40, 0.50, 0.65)),
+    row("both-2", (0.75, 0.76, 0.74)),
+    row("zero-2", (0.25, 0.24, 0.26)),
   ]
   text = "\n".join(recall_report.verdict(rows, [4]))
-  assert "one-2 against default-2 at 4 pairs: +0.5 points, no effect" in text
-  assert "both-2 against default-2 at 4 pairs: +25.0 points, better" in text
-  assert "zero-2 against default-2 at 4 pairs: -25.0 points, worse" in text
-  assert "n = 1 seed:" in text
+  assert "no effect seen" in text.splitlines()[0]
+  assert "+24.0 points ± 2.3: better" in text.splitlines()[1]
+  assert "-26.0 points ± 2.3: worse" in text.splitlines()[2]
+
+
+def test_verdict_of_single_seeds_claims_nothing():
+  rows = [row("default-2", (0.5,)), row("both-2", (0.75,))]
+  text = "\n".join(recall_report.verdict(rows, [4]))
+  assert "+25.0 points\n" in text
+  assert "not an effect" in text
+  assert "better" not in text
 
 
 def test_paper_preset_is_the_papers():
@@ -82,14 +116,14 @@ def test_paper_preset_is_the_papers():
     made = recall_settings.setting("paper", mix=mix)
     assert made.train == sizes
     assert made.init == "authors"
-    assert "64 epochs" in made.label or "the paper's setting" in made.label
+    assert "the paper's setting" in made.label
   made = recall_settings.setting("paper")
   assert made.steps == 64 * 2352
   names = [row.name for row in made.rows]
   assert set(recall_settings.PAPER_TABLE) <= set(names)
   assert {"both-matched-4", "transformer-2"} <= set(names)
   short = recall_settings.setting("paper-short")
-  assert "of 64 epochs" in short.label
+  assert "2 epochs in place of 64" in short.label
   assert dataclasses.replace(
     short, label="", steps=0, epochs=0, stop_above=None
   ) == dataclasses.replace(
