@@ -92,7 +92,7 @@ def _table(rows, pairs, label, theirs) -> str:
   ]
   for row in rows:
     columns = _columns(row, pairs)
-    columns.append([_average(c) for c in zip(*columns, strict=True)])
+    columns.append(_means(columns))
     cells = [row["row"], *map(_mean, columns), str(len(row["runs"]))]
     if theirs:
       paper = PAPER_TABLE.get(row["row"])
@@ -110,35 +110,38 @@ def verdict(rows: list[dict[str, Any]], pairs: list[int]) -> list[str]:
   confidence interval (Student's t, pooled degrees of freedom).
   """
   lines, few = [], False
-  most = pairs[-1]
-  scores = {row["row"]: _columns(row, [most])[0] for row in rows}
+  depths = {row["row"]: row for row in rows}
   for row in rows:
-    base = scores.get(f"default-{row['layers']}")
+    base = depths.get(f"default-{row['layers']}")
     if base is None or not row["polarized"]:
       continue
-    mine = scores[row["row"]]
-    gain = _average(mine) - _average(base)
-    text = (
-      f"- {row['row']} against default-{row['layers']} at {most} pairs:"
-      f" {gain:+.1f} points"
+    few |= min(len(row["runs"]), len(base["runs"])) < 3
+    at_most = _gain(*(_columns(r, pairs[-1:])[0] for r in (row, base)))
+    overall = _gain(*(_means(_columns(r, pairs)) for r in (row, base)))
+    lines.append(
+      f"- {row['row']} against {base['row']}: {at_most} at {pairs[-1]} pairs;"
+      f" {overall} in the mean"
     )
-    if min(len(mine), len(base)) < 3:
-      few = True
-    else:
-      noise = _quantile(len(mine) + len(base) - 2) * math.hypot(
-        _error(mine), _error(base)
-      )
-      word = "better" if gain > 0 else "worse"
-      if abs(gain) <= noise:
-        word = "no effect seen at this scale"
-      text += f" ± {noise:.1f}: {word}"
-    lines.append(text)
   if few:
     lines.append(
       "- n < 3: a difference between single seeds is not an effect; run"
       " more with --seeds 0 1 2."
     )
   return lines
+
+
+def _gain(mine: list[float], base: list[float]) -> str:
+  """The difference in points, its interval and what it says."""
+  gain = _average(mine) - _average(base)
+  if min(len(mine), len(base)) < 3:
+    return f"{gain:+.1f} points"
+  noise = _quantile(len(mine) + len(base) - 2) * math.hypot(
+    _error(mine), _error(base)
+  )
+  word = "better" if gain > 0 else "worse"
+  if abs(gain) <= noise:
+    word = "no effect shown at this scale"
+  return f"{gain:+.1f} ± {noise:.1f} points ({word})"
 
 
 def _plot(rows, pairs, label, path: pathlib.Path, preset) -> None:
@@ -211,6 +214,11 @@ def _over_distance(runs, pairs):
 def _columns(row, pairs) -> list[list[float]]:
   """Accuracy in per cent, for each number of pairs a list over seeds."""
   return [[100 * run["accuracy"][str(k)] for run in row["runs"]] for k in pairs]
+
+
+def _means(columns) -> list[float]:
+  """Of each seed, over the numbers of pairs."""
+  return [_average(values) for values in zip(*columns, strict=True)]
 
 
 def _mean(values) -> str:

@@ -95,15 +95,15 @@ def test_verdict_of_three_seeds_says_where_an_effect_is_seen():
     row("zero-2", (0.25, 0.24, 0.26)),
   ]
   text = "\n".join(recall_report.verdict(rows, [4]))
-  assert "no effect seen" in text.splitlines()[0]
-  assert "+24.0 points ± 2.3: better" in text.splitlines()[1]
-  assert "-26.0 points ± 2.3: worse" in text.splitlines()[2]
+  assert "no effect shown" in text.splitlines()[0]
+  assert "+24.0 ± 2.3 points (better) at 4 pairs" in text.splitlines()[1]
+  assert "-26.0 ± 2.3 points (worse) in the mean" in text.splitlines()[2]
 
 
 def test_verdict_of_single_seeds_claims_nothing():
   rows = [row("default-2", (0.5,)), row("both-2", (0.75,))]
   text = "\n".join(recall_report.verdict(rows, [4]))
-  assert "+25.0 points\n" in text
+  assert "+25.0 points at 4 pairs; +25.0 points in the mean" in text
   assert "not an effect" in text
   assert "better" not in text
 

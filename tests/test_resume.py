@@ -76,7 +76,17 @@ def test_sigterm_saves_at_a_boundary_and_the_run_goes_on(
   assert_same_end((tmp_path, second), unbroken)
 
 
-def test_first_ctrl_c_saves_and_the_second_stops_at_once(tmp_path, capfd):
+@pytest.fixture
+def ctrl_c():
+  """SIGINT as in a terminal; a shell's background job ignores it."""
+  old = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, old)
+
+
+def test_first_ctrl_c_saves_and_the_second_stops_at_once(
+  tmp_path, capfd, ctrl_c
+):
   def once(step, models):
     if step == 45:
       signal.raise_signal(signal.SIGINT)
