@@ -27,18 +27,34 @@ def arguments():
   return x, x
 
 
+def call(marker, a, b):
+  """A custom call that stands for a kernel."""
+  shape = jax.ShapeDtypeStruct(b.shape, b.dtype)
+  return jax.ffi.ffi_call(marker, shape, vmap_method="broadcast_all")(a, b)
+
+
+def fake_passes(marker):
+  """The two passes of a selective scan."""
+
+  def forward(rows, shared, *, keep, **static):
+    u, N = rows["u"], rows["B"].shape[-1]
+    state = jnp.zeros((u.shape[0], N, u.shape[2]), jnp.float32)
+    return call(marker, u, rows["delta"]), state, state if keep else None
+
+  def backward(rows, shared, **static):
+    grads = {k: v for k, v in rows.items() if v is not None}
+    grads["u"] = call(marker, rows["d_y"], rows["delta"])
+    rows_of = lambda x: jnp.zeros((rows["u"].shape[0], *x.shape[1:]), x.dtype)
+    return grads | jax.tree.map(rows_of, shared)
+
+  return forward, backward
+
+
 def fake(marker):
   """A kernel with its own derivative, known by a custom call's name."""
 
-  def call(a, b):
-    shape = jax.ShapeDtypeStruct(b.shape, b.dtype)
-    return jax.ffi.ffi_call(marker, shape, vmap_method="broadcast_all")(a, b)
-
-  def run(*args, **static):
-    a, b = args[:2]
-    state = args[2] if len(args) == 3 else args[9]
-    if state is None:
-      state = jnp.zeros((b.shape[0], b.shape[2], args[3].shape[2]), b.dtype)
+  def run(a, b, state, **static):
+    call = functools.partial(globals()["call"], marker)
 
     @jax.custom_vjp
     def kernel(a, b, state):
@@ -56,8 +72,12 @@ def fake(marker):
 @pytest.fixture
 def with_kernels(monkeypatch):
   """Fake kernels for TPU and CUDA; the caches do not know of them."""
-  found = {"tpu": fake("fake_tpu_kernel"), "cuda": fake("fake_cuda_kernel")}
-  monkeypatch.setattr(kernels_pallas, "kernels", lambda op: found)
+  make = {"linear_scan": fake, "selective_scan": fake_passes}
+  found = lambda op: {
+    platform: make[op](f"fake_{platform}_kernel")
+    for platform in ("tpu", "cuda")
+  }
+  monkeypatch.setattr(kernels_pallas, "kernels", found)
   jax.clear_caches()
   yield monkeypatch
   jax.clear_caches()
@@ -183,16 +203,14 @@ def test_what_a_kernel_saves_takes_no_memory_on_other_platforms(monkeypatch):
   # are not taken as zeros; the compiler must find that nobody reads them.
   shape = (1, 64, 8, 64)
 
-  def kernel(u, *rest, **static):
-    @jax.custom_vjp
-    def run(u):
-      return u, jnp.zeros((1, 8, 64))
+  def forward(rows, shared, *, keep, **static):
+    u = rows["u"]
+    saved = jnp.broadcast_to(u[..., None], shape) if keep else None
+    return u, jnp.zeros((1, 64, 8)), saved
 
-    run.defvjp(
-      lambda u: (run(u), jnp.broadcast_to(u[..., None], shape)),
-      lambda saved, ct: (ct[0] * saved.sum(-1),),
-    )
-    return run(u)
+  def backward(rows, shared, **static):
+    slope = rows["d_y"] * rows["states"].sum(-1)
+    return rows | dict(u=slope, A=shared["A"])
 
   def loss(A, u):
     def layer(u, A):
@@ -209,7 +227,7 @@ def test_what_a_kernel_saves_takes_no_memory_on_other_platforms(monkeypatch):
     return compiled.memory_analysis().temp_size_in_bytes
 
   alone = temporary({})
-  beside = temporary({"tpu": kernel, "cuda": kernel})
+  beside = temporary(dict.fromkeys(("tpu", "cuda"), (forward, backward)))
   jax.clear_caches()
   assert beside < alone + 4 * np.prod(shape)
 

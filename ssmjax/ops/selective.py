@@ -19,6 +19,7 @@ from ssmjax.ops.selective_associative import (
   selective_scan_chunks,
 )
 from ssmjax.ops.selective_chunked import selective_scan_chunked
+from ssmjax.ops.selective_fused import fused
 from ssmjax.ops.varying import match_varying
 from ssmjax.polarization import selective_decay
 from ssmjax.types import (
@@ -283,7 +284,7 @@ def _selective_scan(
   y, state = dispatch.run(
     "selective_scan", implementation, forms,
     u, delta, A, B, C, D, z, delta_bias, direct, initial_state, valid, restart,
-    no_kernel=refused, delta_softplus=delta_softplus, ones=ones,
+    fuse=fused, no_kernel=refused, delta_softplus=delta_softplus, ones=ones,
   )  # fmt: skip
   if zeros:
     state = jnp.concatenate([state, zero_state], -1)

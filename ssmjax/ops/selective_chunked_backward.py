@@ -20,19 +20,12 @@ from ssmjax.ops.varying import match_varying
 _BACKWARD_STATE = 4096  # Elements; a chunk of states stays in the L2 cache.
 
 
-def backward_blocks(static, rows, shared):
-  """The cotangents by name; of A, D and delta_bias one for each row.
-
-  Args:
-    static: `(delta_softplus, ones)`.
-    rows: the forward's, with `states`, `d_y` and `d_final` `[B, N, D]`.
-    shared: the forward's.
-  """
-  softplus_on, ones = static
+def backward_blocks(rows, shared, *, delta_softplus, ones):
+  """The backward pass of `selective_fused.fused`."""
   dtype = fw.compute_dtype(rows, shared)
   shared = fw.prepare_shared(shared, ones, dtype)
   with fw.one_kernel():
-    grads = _backward(softplus_on, rows, shared)
+    grads = _backward(delta_softplus, rows, shared)
   return grads | dict(A=grads["A"][:, ones:])
 
 

@@ -21,18 +21,15 @@ CHUNK = 16  # Steps between kept states.
 _FORWARD_STATE = 4096  # Elements of a block's state: half the L1 cache.
 
 
-def forward_blocks(static, rows, shared):
-  """y `[B, T, D]`, the final state `[B, N, D]`, states `[B, chunks, N, D]`.
+def forward_blocks(rows, shared, *, delta_softplus, ones, keep):
+  """The forward pass of `selective_fused.fused`.
 
-  Args:
-    static: `(delta_softplus, ones, keep)`; without `keep`, states are None.
-    rows: arrays with a batch axis, by name; some None.
-    shared: `A` `[G, N - ones, D]`, `D` and `delta_bias` `[G, D]` or None.
+  With `keep`, states are `[R, chunks, N, D]`, at the chunks' starts.
   """
   dtype = compute_dtype(rows, shared)
-  shared = prepare_shared(shared, static[1], dtype)
+  shared = prepare_shared(shared, ones, dtype)
   with one_kernel():
-    return _forward(static, rows, shared)
+    return _forward((delta_softplus, keep), rows, shared)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -42,7 +39,7 @@ def _forward(static, rows, shared):
 
 
 def _forward_loops(static, rows, shared):
-  softplus_on, _, keep = static
+  softplus_on, keep = static
   dtype = shared["A"].dtype
   batch, length, channels = rows["u"].shape
   _, states, _ = shared["A"].shape
