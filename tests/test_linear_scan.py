@@ -261,6 +261,38 @@ def test_documents_in_a_row_are_each_alone_whatever_padding_holds(reverse):
 
 
 @pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("sick", [1, 2, 3])
+def test_a_document_that_overflows_stays_alone(sick, reverse):
+  ids = jnp.array([[1, 1, 1, 0, 2, 2, 0, 2, 2, 2, 3, 3, 3, 0, 0]], jnp.int32)
+  args = cast(make((1, 15, 3), seed=sick), "float32") | dict(segment_ids=ids)
+  tokens = np.flatnonzero(ids[0] == sick)
+  bad = dict(args)
+  # Forward, inf reaches the next document; backward, NaN the one before.
+  bad["b"] = bad["b"].at[0, tokens[1], 0].set(jnp.inf)
+  bad["a"] = bad["a"].at[0, tokens[0], 1].set(jnp.nan)
+  bad["a"] = bad["a"].at[0, tokens, 2].set(jnp.inf)
+  first = 3 if reverse else 1
+  if sick == first:
+    bad["initial_state"] = jnp.full((1, 3), jnp.inf)
+  others = np.asarray(ids[0] != sick)
+  for form in (*FORMS, "reference"):
+    (y, state), gradients = pulled(form, reverse)(bad)
+    (clean, end), expected = pulled(form, reverse)(args)
+    np.testing.assert_array_equal(y[:, others], clean[:, others])
+    assert not np.isfinite(y[:, tokens]).all()
+    for name in "ab":
+      np.testing.assert_array_equal(
+        gradients[name][:, others], expected[name][:, others], form
+      )
+    if sick != 4 - first:
+      np.testing.assert_array_equal(state, end)
+    if sick != first:
+      name = "initial_state"
+      np.testing.assert_array_equal(gradients[name], expected[name])
+
+
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("form", ["associative", "chunked"])
 def test_jit_vmap_remat_and_scan_over_layers_agree(form):
   rows = [cast(make((2, 5, 3), (1,), seed=s), "float32") for s in range(3)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssmjax.ops import dispatch
+from ssmjax.ops.scan_fused import first_order, fused
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import (
@@ -145,13 +146,7 @@ def _linear_scan(a, b, initial_state, segment_ids, *, reverse, implementation):
   state = initial_state
   if state is None:
     state = jnp.zeros((b.shape[0], *b.shape[2:]), dtype)
-  a, b = a.astype(dtype), b.astype(dtype)
-  valid, restart = segment_masks(segment_ids, reverse=reverse)
-  wide = lambda mask: mask.reshape(mask.shape + (1,) * (b.ndim - 2))
-  if valid is not None:
-    a = jnp.where(wide(valid), a, jnp.ones_like(a))
-    a = jnp.where(wide(restart), jnp.zeros_like(a), a)
-    b = jnp.where(wide(valid), b, jnp.zeros_like(b))
+  masks = segment_masks(segment_ids, reverse=reverse)
   refused = None
   if jnp.issubdtype(dtype, jnp.complexfloating):
     refused = "has no kernel for complex a or b"
@@ -160,88 +155,128 @@ def _linear_scan(a, b, initial_state, segment_ids, *, reverse, implementation):
   y, state = dispatch.run(
     "linear_scan", implementation,
     {"associative": _associative, "chunked": _chunked},
-    *match_varying(a, b, state.astype(dtype)),
-    no_kernel=refused, reverse=reverse,
+    *match_varying(a, b, state.astype(dtype), *masks),
+    fuse=fused, no_kernel=refused, reverse=reverse,
   )  # fmt: skip
-  if valid is not None:
-    y = jnp.where(wide(valid), y, jnp.zeros_like(y))
   return y.astype(y_dtype), state
 
 
-def _associative(a, b, state, *, reverse):
+def _associative(a, b, state, valid, restart, *, reverse):
   """All of T at once; differentiable to any order."""
+  a, b = _without_padding(a, b, state, valid)
+  y, final = _prefix(a, b, state, _wide(restart, b), reverse=reverse)
+  return _zero_padding(y, valid), final
+
+
+def _chunked(a, b, state, valid, restart, *, reverse):
+  """Own backward: the adjoint of a linear scan is a linear scan."""
+  a, b = _without_padding(a, b, state, valid)
+  y, final = _adjoint_scan(reverse, a, b, state, _wide(restart, b))
+  return _zero_padding(y, valid), final
+
+
+def _without_padding(a, b, state, valid):
+  """a and b in the state's dtype, 1 and 0 at padding."""
+  a, b = a.astype(state.dtype), b.astype(state.dtype)
+  if valid is None:
+    return a, b
+  valid = _wide(valid, b)
+  return jnp.where(valid, a, 1), jnp.where(valid, b, 0)
+
+
+def _zero_padding(y, valid):
+  return y if valid is None else jnp.where(_wide(valid, y), y, 0)
+
+
+def _wide(mask, b):
+  """A mask `[B, T]` with b's rank, or None."""
+  return None if mask is None else lax.expand_dims(mask, range(2, b.ndim))
+
+
+def _forget(state, restart):
+  """0 where the state restarts, by choice: 0 times infinity is no 0."""
+  return state if restart is None else jnp.where(restart, 0, state)
+
+
+def _prefix(a, b, state, restart, *, reverse):
+  """y and the final state by `lax.associative_scan`."""
   a = jnp.broadcast_to(a, b.shape)
+  # The first token of a call never restarts.
   first = -1 if reverse else 0
   b = b.at[:, first].add(a[:, first] * state)
-  combine = lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1])
-  _, y = lax.associative_scan(combine, (a, b), axis=1, reverse=reverse)
+  if restart is None:
+    combine = lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1])
+    elements = (a, b)
+  else:
+    # A piece with a restart in it has decay 0 and takes nothing from before.
+    # Chosen on both sides of each product: its derivative is a product too.
+    def combine(l, r):
+      (a, b, cut), (c, d, cut_r) = l, r
+      either = cut | cut_r
+      return _forget(a * c, either), c * _forget(b, cut_r) + d, either
+
+    elements = (_forget(a, restart), b, restart)
+  y = lax.associative_scan(combine, elements, axis=1, reverse=reverse)[1]
   return y, y[:, 0 if reverse else -1]
 
 
-def _chunked(a, b, state, *, reverse):
-  """Own backward: the adjoint of a linear scan is a linear scan."""
-  return _adjoint_scan(reverse, a, b, state)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adjoint_scan(reverse, a, b, state):
-  return _by_platform(a, b, state, reverse=reverse)
+def _adjoint_scan(reverse, a, b, state, restart):
+  return _by_platform(a, b, state, restart, reverse=reverse)
 
 
-def _adjoint_forward(reverse, a, b, state):
-  y, final = _by_platform(a, b, state, reverse=reverse)
-  return (y, final), (a, y, state)
+def _adjoint_forward(reverse, a, b, state, restart):
+  y, final = _by_platform(a, b, state, restart, reverse=reverse)
+  return (y, final), (a, y, state, restart)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@first_order
 def _adjoint_backward(reverse, residuals, cotangents):
   """gₜ = ȳₜ + aₜ₊₁ gₜ₊₁;  āₜ = gₜ hₜ₋₁,  b̄ₜ = gₜ;  h̄₀ = a₁ g₁."""
-  return lax.platform_dependent(
+  grads = lax.platform_dependent(
     *residuals, *cotangents,
     cpu=functools.partial(_backward_loop, reverse=reverse),
     default=functools.partial(_backward_associative, reverse=reverse),
   )  # fmt: skip
-
-
-# A custom_jvp refuses a second derivative in either mode.
-@_adjoint_backward.defjvp
-def _refuse_second_derivative(reverse, primals, tangents):
-  raise NotImplementedError(
-    "linear_scan: implementation='chunked' has first-order derivatives only."
-    " Pass implementation='associative' to differentiate again."
-  )
+  return (*grads, None)
 
 
 _adjoint_scan.defvjp(_adjoint_forward, _adjoint_backward)
 
 
-def _by_platform(a, b, state, *, reverse):
+def _by_platform(a, b, state, restart, *, reverse):
   return lax.platform_dependent(
-    a, b, state,
+    a, b, state, restart,
     cpu=functools.partial(_loop, reverse=reverse),
-    default=functools.partial(_associative, reverse=reverse),
+    default=functools.partial(_prefix, reverse=reverse),
   )  # fmt: skip
 
 
-def _backward_associative(a, y, state, dy, dfinal, *, reverse):
+def _backward_associative(a, y, state, restart, dy, dfinal, *, reverse):
   full = jnp.broadcast_to(a, (a.shape[0], y.shape[1], *a.shape[2:]))
   # The decay into the token *after* t, and the state before t.
-  ones = jnp.ones_like(full[:, :1])
-  if reverse:
-    after = jnp.concatenate([ones, full[:, :-1]], 1)
-    before = jnp.concatenate([y[:, 1:], state[:, None]], 1)
-  else:
-    after = jnp.concatenate([full[:, 1:], ones], 1)
-    before = jnp.concatenate([state[:, None], y[:, :-1]], 1)
+  after = _shift(full, jnp.ones_like(full[:, 0]), back=not reverse)
+  before = _shift(y, state, back=reverse)
+  cut = None
+  if restart is not None:
+    before = _forget(before, restart)
+    never = jnp.zeros_like(restart[:, 0])
+    cut = _shift(restart, never, back=not reverse)
   # A cotangent in JAX pairs without conjugation, so complex a needs none.
-  g, _ = _associative(after, dy, dfinal, reverse=not reverse)
+  g, _ = _prefix(after, dy, dfinal, cut, reverse=not reverse)
   da = _sum_to(g * before, a.shape)
   first = -1 if reverse else 0
   dstate = full[:, first] * g[:, first]
   return da, g, dstate
 
 
-def _loop(a, b, state, *, reverse):
+def _shift(x, end, *, back):
+  """x one token later, or earlier with `back`; `end` fills the gap."""
+  parts = (x[:, 1:], end[:, None]) if back else (end[:, None], x[:, :-1])
+  return jnp.concatenate(parts, 1)
+
+
+def _loop(a, b, state, restart, *, reverse):
   """One row of time after another, written in place."""
   length = b.shape[1]
   a = jnp.broadcast_to(a, (a.shape[0], length, *a.shape[2:]))
@@ -249,38 +284,45 @@ def _loop(a, b, state, *, reverse):
   def body(i, carry):
     h, y = carry
     t = length - 1 - i if reverse else i
-    row = lambda x: lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
-    h = row(a) * h + row(b)
+    row = functools.partial(_row, t=t)
+    h = row(a) * _forget(h, row(restart)) + row(b)
     return h, lax.dynamic_update_index_in_dim(y, h, t, 1)
 
   h, y = lax.fori_loop(0, length, body, (state, jnp.zeros_like(b)))
   return y, h
 
 
-def _backward_loop(a, y, state, dy, dfinal, *, reverse):
+def _backward_loop(a, y, state, restart, dy, dfinal, *, reverse):
   """The adjoint in the same manner: no shifted copy of a or y is made."""
   length = y.shape[1]
   shared = a.shape[1] == 1
-  row = lambda x, t: lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
 
   def body(i, carry):
     incoming, da, db = carry
     t = i if reverse else length - 1 - i
     previous = t + 1 if reverse else t - 1
-    g = row(dy, t) + incoming
+    g = _row(dy, t) + incoming
     # The state before the first token is not in y; the index is clamped.
-    before = jnp.where(i == length - 1, state, row(y, previous))
+    before = jnp.where(i == length - 1, state, _row(y, previous))
+    cut = _row(restart, t)
     at = 0 if shared else t
-    part = _sum_to(g * before, (a.shape[0], *a.shape[2:]))
+    part = _sum_to(g * _forget(before, cut), (a.shape[0], *a.shape[2:]))
     if shared:
-      part = part + row(da, 0)
+      part = part + _row(da, 0)
     da = lax.dynamic_update_index_in_dim(da, part, at, 1)
     db = lax.dynamic_update_index_in_dim(db, g, t, 1)
-    return row(a, at) * g, da, db
+    return _forget(_row(a, at) * g, cut), da, db
 
   zeros = (jnp.zeros_like(a), jnp.zeros_like(y))
   dstate, da, db = lax.fori_loop(0, length, body, (dfinal, *zeros))
   return da, db, dstate
+
+
+def _row(x, t):
+  """Time t of x, or None."""
+  if x is None:
+    return None
+  return lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
 
 
 def _sum_to(x, shape):
