@@ -9,9 +9,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from ssmjax import data, models, ops, polarization, training, types
+  from ssmjax import (
+    data,
+    models,
+    ops,
+    polarization,
+    theory,
+    training,
+    types,
+  )
 
-__all__ = ["data", "models", "ops", "polarization", "training", "types"]
+__all__ = [
+  "data",
+  "models",
+  "ops",
+  "polarization",
+  "theory",
+  "training",
+  "types",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,284 @@
+"""The exact Jacobian of Eq. 1, factor by factor, and what it presupposes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssmjax.theory.eq1 import canonical, outputs, states
+from ssmjax.theory.parallel import parallel_weights
+from ssmjax.theory.premises import Premise, measure_premise
+from ssmjax.types import (
+  Array,
+  Float,
+  Inexact,
+  Recurrence,
+  real_dtype,
+  state_dtype,
+)
+
+__all__ = [
+  "Factors",
+  "influence_factors",
+  "influence_sum",
+  "locality_premise",
+]
+
+
+class Factors(NamedTuple):
+  """What ∂yₜ/∂xₛ is made of; N is the product of the axes *S.
+
+  Attributes:
+    p: ∂yₜ/∂hₜ, `[B, T, D, N]`.
+    q: ∂yₜ/∂h̄ₜ where h is complex, else None.
+    a: decays, `[B, T, N]`.
+    g: ∂hⱼ/∂xₛ at fixed hⱼ₋₁, at [j - s, s], `[B, W, T, N, M]`.
+    d_a: ∂Aⱼ/∂xₛ, likewise.
+    d_drive: ∂(Δⱼbⱼ)/∂xₛ, likewise.
+    drive: Δₜbₜ, `[B, T, N]`.
+    h0: h₀, `[B, N]`.
+    real: whether y is real.
+    window: W.
+    channels: *S.
+  """
+
+  p: Inexact[Array, "B T D N"]
+  q: Inexact[Array, "B T D N"] | None
+  a: Inexact[Array, "B T N"]
+  g: Inexact[Array, "B W T N M"]
+  d_a: Inexact[Array, "B W T N M"]
+  d_drive: Inexact[Array, "B W T N M"]
+  drive: Inexact[Array, "B T N"]
+  h0: Inexact[Array, "B N"]
+  real: bool
+  window: int
+  channels: tuple[int, ...]
+
+
+def locality_premise(
+  layer: Callable[[Array], Recurrence],
+  x: Float[Array, "B T M"],
+  *,
+  window: int = 1,
+) -> Premise:
+  """Check that a token's part of Eq. 1 depends on no token but its own.
+
+  Eq. 1 lets Aₜ, Δₜ, bₜ and cₜ depend on xₜ alone; with `window` W on the
+  last W tokens. It is broken by RWKV-4 as the paper writes it (its Aₜ and Δₜ
+  contain the normaliser Dₜ, a sum over the past), by a convolution wider than
+  W, and by anything that looks ahead.
+
+  Every token is moved in a random direction in turn, and the derivatives of
+  all Aₜ, Δₜbₜ and cₜ (at fixed states) are looked at outside of its window.
+  They are exactly 0 where nothing depends on it.
+
+  Args:
+    layer: as in `recency`.
+    x: as in `recency`.
+    window: W.
+
+  Returns:
+    The premise over the pairs [t, s], `[T, T]`; the excess is the largest
+    derivative there.
+
+  Raises:
+    ValueError: as in `recency`.
+  """
+  _check_input("locality_premise", x, window)
+  h = states(layer(x))
+  times = jnp.arange(x.shape[1])
+  direction = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+
+  def parts(x):
+    r = layer(x)
+    a, dt, b, _ = canonical("locality_premise", r)
+    dtype = state_dtype(dt, b)
+    return a, dt.astype(dtype) * b.astype(dtype), outputs(r, h)
+
+  def column(s):
+    here = (times == s)[None, :, None]
+    _, moved = jax.jvp(
+      parts, (x,), (jnp.where(here, direction, jnp.zeros_like(x)),)
+    )
+    sizes = [
+      jnp.abs(v).max((0, *range(2, v.ndim))).astype(jnp.float32) for v in moved
+    ]
+    return jnp.stack(sizes).max(0)
+
+  moved = jax.lax.map(column, times).T
+  lag = times[:, None] - times[None]
+  inside = (lag >= 0) & (lag < window)
+  excess = jnp.where(inside, jnp.zeros_like(moved), moved)
+  return measure_premise(excess <= 0, excess, 2)
+
+
+def influence_factors(
+  function: str,
+  layer: Callable[[Array], Recurrence],
+  x: Float[Array, "B T M"],
+  window: int,
+) -> Factors:
+  """Differentiate each token's part of Eq. 1 by the tokens in its window.
+
+  Args:
+    function: name for the messages.
+    layer: as in `recency`.
+    x: as in `recency`.
+    window: W.
+
+  Returns:
+    The factors of the Jacobian.
+
+  Raises:
+    ValueError: as in `recency`.
+  """
+  _check_input(function, x, window)
+  r = layer(x)
+  a, dt, b, h0 = canonical(function, r)
+  h = states(r)
+  p, q, real = _readout_gradient(r, h)
+  channels = b.shape[2:]
+  flat = lambda v: v.reshape(*v.shape[:2], -1)
+  before = jnp.concatenate([h0[:, None], h[:, :-1]], 1)
+  d_a, d_drive = _token_derivatives(function, layer, x, window)
+  later = jnp.minimum(
+    jnp.arange(x.shape[1])[None] + jnp.arange(window)[:, None], x.shape[1] - 1
+  )
+  past = flat(before)[:, later][..., None]
+  g = d_drive.astype(past.dtype) + d_a.astype(past.dtype) * past
+  drive = dt.astype(h.dtype) * b.astype(h.dtype)
+  return Factors(
+    p, q, flat(a).astype(h.dtype), g, d_a, d_drive, flat(drive),
+    h0.reshape(h0.shape[0], -1), real, window, channels,
+  )  # fmt: skip
+
+
+def influence_sum(
+  factors: Factors, mask: Array | None = None
+) -> Inexact[Array, "B T T D M"]:
+  """Sum ∇cₜᵀ (Π Aᵣ) gⱼₛ over j and the channels of the mask `[B, N]`.
+
+  Args:
+    factors: of `influence_factors`.
+    mask: channels to be counted; None for all.
+
+  Returns:
+    ∂yₜ/∂xₛ at [t, s], 0 where t < s + W: the readout's own dependence on x
+    would have to be added there.
+  """
+  weights = parallel_weights(factors.a)
+  length = weights.shape[1]
+  carried = jnp.zeros((), weights.dtype)
+  for j in range(factors.window):
+    moved = jnp.pad(weights[:, :, j:], ((0, 0), (0, 0), (0, j), (0, 0)))
+    carried = carried + moved[..., None] * factors.g[:, j, None]
+  if mask is not None:
+    carried = jnp.where(mask[:, None, None, :, None], carried, 0.0)
+  dtype = state_dtype(factors.p, carried)
+  total = jnp.einsum(
+    "btdn,btsnm->btsdm", factors.p.astype(dtype), carried.astype(dtype)
+  )
+  if factors.q is not None:
+    total = total + jnp.einsum(
+      "btdn,btsnm->btsdm", factors.q.astype(dtype), carried.conj().astype(dtype)
+    )
+  times = jnp.arange(length)
+  far = times[:, None] >= times[None] + factors.window
+  total = jnp.where(far[None, :, :, None, None], total, jnp.zeros_like(total))
+  return total.real if factors.real else total
+
+
+def _check_input(function, x, window):
+  if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      f"{function}: x has shape {x.shape} and dtype {x.dtype.name}, expected"
+      " real (B, T, M). Pass real and imaginary parts side by side."
+    )
+  if not isinstance(window, int) or not 1 <= window <= x.shape[1]:
+    raise ValueError(
+      f"{function}: window is {window!r}, expected a number of tokens from 1"
+      f" to T={x.shape[1]}."
+    )
+
+
+def _readout_gradient(r, h):
+  """∂y/∂h and ∂y/∂h̄ at every t, and whether y is real."""
+  complex_state = jnp.iscomplexobj(h)
+  shape = jax.eval_shape(r.readout, h[:, 0], jnp.int32(0))
+  real = not jnp.iscomplexobj(shape)
+  dtype = real_dtype(h, shape)
+
+  def parts(v):
+    pair = (v.real, v.imag) if jnp.iscomplexobj(v) else (v,)
+    return tuple(part.astype(dtype) for part in pair)
+
+  def gradient(h_t, t):
+    def read(*state):
+      return parts(
+        r.readout(jax.lax.complex(*state) if complex_state else state[0], t)
+      )
+
+    state = parts(h_t)
+    y, pull = jax.vjp(read, *state)
+    unit = jnp.eye(y[0].shape[-1], dtype=dtype)[:, None]
+    unit = jnp.broadcast_to(unit, (unit.shape[0], *y[0].shape))
+    by_part = []
+    for k in range(len(y)):
+      seeds = tuple(
+        unit if i == k else jnp.zeros_like(unit) for i in range(len(y))
+      )
+      by_part.append(jax.vmap(pull)(seeds))
+    if real:
+      return by_part[0]
+    return tuple(map(jax.lax.complex, *by_part))
+
+  grads = jax.vmap(gradient, (1, 0), 1)(h, jnp.arange(h.shape[1]))
+  # [D, T, B, *S] to [B, T, D, N].
+  grads = [v.reshape(*v.shape[:3], -1) for v in grads]
+  grads = [jnp.transpose(v, (2, 1, 0, 3)) for v in grads]
+  if not complex_state:
+    return grads[0], None, real
+  by_real, by_imaginary = (_complex(v) for v in grads)
+  p = (by_real - 1j * by_imaginary) / 2
+  q = (by_real + 1j * by_imaginary) / 2
+  return p, q, real
+
+
+def _complex(v):
+  return v if jnp.iscomplexobj(v) else jax.lax.complex(v, jnp.zeros_like(v))
+
+
+def _token_derivatives(function, layer, x, window):
+  """∂Aⱼ/∂xₛ and ∂(Δⱼbⱼ)/∂xₛ at [j - s, s], `[B, W, T, N, M]`.
+
+  Tokens W apart share a derivative: no j has two of them in its window.
+  """
+  length, width = x.shape[1:]
+
+  def parts(x):
+    a, dt, b, _ = canonical(function, layer(x))
+    dtype = state_dtype(dt, b)
+    flat = lambda v: v.reshape(*v.shape[:2], -1)
+    return flat(a), flat(dt.astype(dtype) * b.astype(dtype))
+
+  def derivative(offset, feature):
+    here = (jnp.arange(length) % window == offset)[:, None]
+    here = here & (jnp.arange(width) == feature)[None]
+    tangent = jnp.broadcast_to(here[None].astype(x.dtype), x.shape)
+    return jax.jvp(parts, (x,), (tangent,))[1]
+
+  each = jax.vmap(jax.vmap(derivative, (None, 0)), (0, None))
+  moved = each(jnp.arange(window), jnp.arange(width))
+  start = jnp.arange(length)[None]
+  later = start + jnp.arange(window)[:, None]
+  exists = (later < length)[None, :, :, None, None]
+  later = jnp.minimum(later, length - 1)
+
+  def gather(v):
+    # [W, M, B, T, N] at [s % W, :, :, j] is [j - s, s, M, B, N].
+    v = v[jnp.broadcast_to(start % window, later.shape), :, :, later]
+    v = jnp.transpose(v, (3, 0, 1, 4, 2))
+    return jnp.where(exists, v, jnp.zeros_like(v))
+
+  return tuple(map(gather, moved))

@@ -1,0 +1,295 @@
+"""Definition D.3 and Proposition 4.1 / D.4: S4 filters high frequencies."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssmjax.theory.premises import Premise, measure_premise
+from ssmjax.types import (
+  Array,
+  Float,
+  Inexact,
+  check_inexact,
+  check_shapes,
+  real_dtype,
+)
+
+__all__ = [
+  "LowPass",
+  "cutoff",
+  "discrete_transfer",
+  "low_pass",
+  "low_pass_premise",
+  "stop_band_peak",
+  "transfer",
+  "transfer_bound",
+]
+
+
+class LowPass(NamedTuple):
+  """Both sides of Proposition 4.1 / D.4.
+
+  Attributes:
+    cutoff: Ω(ε), rad per unit of time.
+    omega: frequencies looked at, `[F]`, all |ω| ≥ Ω.
+    response: Z(ω), `[F]`.
+    bound: Σₙ|bₙcₙ|/|iω - aₙ|, between |Z| and ε, `[F]`.
+    peak: left: the largest |Z(ω)| of those.
+    epsilon: right.
+    premise: Re aₙ < 0 for each n; excess Re aₙ.
+  """
+
+  cutoff: Float[Array, ""]
+  omega: Float[Array, " F"]
+  response: Inexact[Array, " F"]
+  bound: Float[Array, " F"]
+  peak: Float[Array, ""]
+  epsilon: Float[Array, ""]
+  premise: Premise
+
+
+def transfer(
+  omega: Float[Array, " F"],
+  a: Inexact[Array, " N"],
+  b: Inexact[Array, " N"],
+  c: Inexact[Array, " N"],
+  skip: Float[Array, ""] | float = 0.0,
+) -> Inexact[Array, " F"]:
+  """Evaluate the transfer function of a continuous diagonal S4 layer.
+
+  Z(ω) = ∫ z(t) exp(-iωt) dt + D = Σₙ bₙcₙ/(iω - aₙ) + D,
+  z(t) = Σₙ bₙcₙ exp(aₙt) for t ≥ 0, 0 before
+
+  of h'(t) = a h(t) + b x(t), y(t) = Σₙ cₙhₙ(t) + D x(t). The integral
+  converges for Re aₙ < 0 only.
+
+  Args:
+    omega: frequencies, rad per unit of time, `[F]`.
+    a: diagonal of A, `[N]`, real or complex.
+    b: input weights, `[N]`.
+    c: output weights, `[N]`; not conjugated.
+    skip: D, the weight of the input itself.
+
+  Returns:
+    Z, complex, `[F]`.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit.
+
+  >>> one = jnp.ones(1)
+  >>> abs(transfer(jnp.array([0.0, 1.0]), -one, one, one))
+  Array([1.        , 0.70710677], dtype=float32)
+  """
+  omega, a, b, c, real = _check("transfer", omega, a, b, c)
+  poles = _turning(omega)[:, None] - a[None]
+  z = ((b * c)[None] / poles).sum(-1)
+  return z + jnp.asarray(skip, real).astype(z.dtype)
+
+
+def transfer_bound(
+  omega: Float[Array, " F"],
+  a: Inexact[Array, " N"],
+  b: Inexact[Array, " N"],
+  c: Inexact[Array, " N"],
+) -> Float[Array, " F"]:
+  """Bound |Z(ω)| by the triangle inequality.
+
+  |Z(ω)| ≤ Σₙ |bₙcₙ| / √((Re aₙ)² + (ω - Im aₙ)²)
+
+  Args and errors are those of `transfer`, without a skip.
+  """
+  omega, a, b, c, _ = _check("transfer_bound", omega, a, b, c)
+  distance = jnp.abs(_turning(omega)[:, None] - a[None])
+  return (jnp.abs(b * c)[None] / distance).sum(-1)
+
+
+def cutoff(
+  epsilon: Float[Array, ""] | float,
+  a: Inexact[Array, " N"],
+  b: Inexact[Array, " N"],
+  c: Inexact[Array, " N"],
+) -> Float[Array, ""]:
+  """Give a frequency from which on a diagonal S4 layer passes less than ε.
+
+  Ω(ε) = maxₙ|Im aₙ| + √((‖b∘c‖₁/ε)² - minₙ(Re aₙ)²)
+
+  Proof. Let |ω| ≥ Ω, w = ‖b∘c‖₁, r = minₙ|Re aₙ|. Then |ω - Im aₙ| ≥
+  |ω| - maxₙ|Im aₙ| ≥ √((w/ε)² - r²), so each |iω - aₙ|² is at least
+  r² + (w/ε)² - r², and the sum of `transfer_bound` is at most w/(w/ε) = ε. ∎
+  So Ω = O(1/ε). Equality at ±Ω: N = 1 (or equal aₙ and equal phases of bₙcₙ).
+  Where w/ε < r, |Z| ≤ ε everywhere, and the root is taken as 0.
+
+  Args:
+    epsilon: ε > 0 (the definition: below 1).
+    a: diagonal of A, `[N]`, Re a < 0.
+    b: input weights, `[N]`.
+    c: output weights, `[N]`.
+
+  Returns:
+    Ω ≥ 0, rad per unit of time.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit.
+  """
+  _, a, b, c, real = _check("cutoff", None, a, b, c)
+  steepness = jnp.abs(b * c).sum() / jnp.asarray(epsilon, real)
+  slowest = jnp.abs(a.real).min()
+  # As a product: the squares alone could overflow.
+  root = (steepness - slowest) * (steepness + slowest)
+  return jnp.abs(a.imag).max() + jnp.sqrt(jnp.maximum(root, 0.0))
+
+
+def low_pass_premise(a: Inexact[Array, " N"]) -> Premise:
+  """Check Re aₙ < 0 for each n; excess Re aₙ."""
+  check_inexact("low_pass_premise", a=a)
+  check_shapes("low_pass_premise", {"a": (a, "N")})
+  return measure_premise(a.real < 0, a.real, 0)
+
+
+def low_pass(
+  epsilon: Float[Array, ""] | float,
+  a: Inexact[Array, " N"],
+  b: Inexact[Array, " N"],
+  c: Inexact[Array, " N"],
+  *,
+  skip: Float[Array, ""] | float = 0.0,
+  points: int = 513,
+) -> LowPass:
+  """Hold a continuous diagonal S4 layer against Proposition 4.1 / D.4.
+
+  |Z(ω)| ≤ ε for every |ω| ≥ Ω(ε) = O(1/ε), if Re aₙ < 0 for every n
+
+  z is then integrable, and by `cutoff` an (ε, Ω(ε))-low-pass filter in the
+  sense of Definition D.3 for every ε: a low-pass filter.
+
+  What this does not say. The definition is of tails only: Z need not fall
+  monotonically, and Z(0) may be 0 (b₁c₁/a₁ = -b₂c₂/a₂), so that a band-pass
+  is a "low-pass filter". A skip connection ends it: |Z(ω)| → |D|, so S4 with
+  its D, and H3 and Mamba around their recurrences, are no low-pass filters.
+  Nor does it carry over to discrete time, see `discrete_transfer`. Its exact
+  norms (Hölder's pair) are lost in the text; the constant is as derived here.
+
+  Args:
+    epsilon: ε in (0, 1).
+    a: diagonal of A, `[N]`.
+    b: input weights, `[N]`.
+    c: output weights, `[N]`.
+    skip: D, which the proposition does not have, to see what it does.
+    points: frequencies on either side to be looked at: Ω, and from there on
+      evenly by logarithm over twelve decades.
+
+  Returns:
+    Both sides, also where the premise fails.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit.
+
+  Source: Wang et al. 2025, Definition D.3, Propositions 4.1 and D.4.
+  """
+  _, a, b, c, real = _check("low_pass", None, a, b, c)
+  epsilon = jnp.asarray(epsilon, real)
+  edge = cutoff(epsilon, a, b, c)
+  scale = jnp.maximum(edge, jnp.abs(a).max())
+  steps = jnp.logspace(-6, 6, points - 1, dtype=real)
+  above = jnp.concatenate([edge[None], edge + scale * steps])
+  omega = jnp.concatenate([-above[::-1], above])
+  response = transfer(omega, a, b, c, skip)
+  return LowPass(
+    cutoff=edge,
+    omega=omega,
+    response=response,
+    bound=transfer_bound(omega, a, b, c),
+    peak=stop_band_peak(omega, response, edge),
+    epsilon=epsilon,
+    premise=low_pass_premise(a),
+  )
+
+
+def stop_band_peak(
+  omega: Float[Array, " F"],
+  response: Inexact[Array, " F"],
+  cutoff: Float[Array, ""] | float,
+) -> Float[Array, ""]:
+  """Measure the left side of Definition D.3 for any sampled response.
+
+  z is an (ε, Ω)-low-pass filter, 0 < ε < 1 and Ω > 0, if it is integrable and
+  |Z(ω)| ≤ ε for all |ω| ≥ Ω; a low-pass filter if for every ε there is an Ω,
+  that is, if Z(ω) → 0.
+
+  Args:
+    omega: frequencies, `[F]`, such as those of an FFT.
+    response: Z there, `[F]`.
+    cutoff: Ω.
+
+  Returns:
+    max |Z(ω)| over the |ω| ≥ Ω among them, 0 if there is none: to be compared
+    with ε.
+
+  Raises:
+    ValueError: shapes that do not fit.
+  """
+  check_shapes(
+    "stop_band_peak", {"omega": (omega, "F"), "response": (response, "F")}
+  )
+  stopped = jnp.abs(omega) >= cutoff
+  return jnp.where(stopped, jnp.abs(response), 0.0).max()
+
+
+def discrete_transfer(
+  theta: Float[Array, " F"],
+  a: Inexact[Array, " N"],
+  dt: Float[Array, " N"],
+  b: Inexact[Array, " N"],
+  c: Inexact[Array, " N"],
+  skip: Float[Array, ""] | float = 0.0,
+) -> Inexact[Array, " F"]:
+  """Evaluate the transfer function of Eq. 1 with constant coefficients.
+
+  Z(θ) = Σₙ cₙΔₙbₙ / (1 - Aₙ exp(-iθ)) + D
+
+  Proposition 4.1 has no like in discrete time. Frequencies end at θ = π, and
+  for one channel 0 ≤ A < 1 there |Z(θ)| ≥ |cΔb|/(1 + A) = |Z(π)| > 0: no ε
+  below that has an Ω. Against constant inputs the highest frequency is damped
+  by (1 - A)/(1 + A), not at all at A = 0, where the layer is all-pass: a
+  zero-channel filters nothing.
+
+  Args:
+    theta: frequencies, rad per token, `[F]`.
+    a: decays A, `[N]`, |A| < 1.
+    dt: step sizes Δ, `[N]`.
+    b: input weights, `[N]`.
+    c: output weights, `[N]`.
+    skip: D.
+
+  Returns:
+    Z, complex, `[F]`.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit.
+  """
+  theta, a, b, c, real = _check("discrete_transfer", theta, a, b, c)
+  check_inexact("discrete_transfer", dt=dt)
+  check_shapes("discrete_transfer", {"a": (a, "N"), "dt": (dt, "N")})
+  delay = jnp.exp(-_turning(theta))[:, None]
+  weights = b * c * dt.astype(real).astype(b.dtype)
+  z = (weights[None] / (1 - a[None] * delay)).sum(-1)
+  return z + jnp.asarray(skip, real).astype(z.dtype)
+
+
+def _turning(omega):
+  """iω; strict promotion has no product of a real array and 1j."""
+  return jax.lax.complex(jnp.zeros_like(omega), omega)
+
+
+def _check(function, omega, a, b, c):
+  """The arguments in one precision, a, b and c complex."""
+  check_inexact(function, omega=omega, a=a, b=b, c=c)
+  check_shapes(
+    function, {"omega": (omega, "F"), "a": (a, "N"), "b": (b, "N"),
+               "c": (c, "N")}
+  )  # fmt: skip
+  real = real_dtype(omega, a, b, c)
+  whole = jnp.dtype("complex128" if real == "float64" else "complex64")
+  a, b, c = (jnp.asarray(v).astype(whole) for v in (a, b, c))
+  return None if omega is None else omega.astype(real), a, b, c, real
