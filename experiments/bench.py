@@ -16,6 +16,8 @@ channels) over as many CPU devices as there are cores, as a training run does.
 Expected: one table for each shape, milliseconds as median (fastest to
 slowest) of runs that take turns, so that a busy machine slows all of them,
 and the ratio of each median to that of `associative`.
+
+`python -m experiments.bench kernels` is in `experiments.bench_kernels`.
 """
 
 import dataclasses
@@ -32,6 +34,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import ssmjax.ops
+from experiments.bench_kernels import Kernels, bench_kernels
 from experiments.bench_step import bench_step
 from experiments.results import provenance, use_cores, write_json
 from experiments.timing import in_turns, scan_inputs
@@ -63,7 +66,14 @@ class Scan:
 def main() -> None:
   """Run the subcommand of the command line."""
   use_cores()
-  tyro.extras.subcommand_cli_from_dict({"scan": _scan_command})
+  tyro.extras.subcommand_cli_from_dict(
+    {"kernels": _kernels_command, "scan": _scan_command}
+  )
+
+
+def _kernels_command(config: tyro.conf.OmitArgPrefixes[Kernels]) -> None:
+  """Time the fused kernels, or have compilers tell of them (--static)."""
+  bench_kernels(config)
 
 
 def _scan_command(config: tyro.conf.OmitArgPrefixes[Scan]) -> None:

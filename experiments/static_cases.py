@@ -1,0 +1,173 @@
+"""The programs whose kernels are held to a budget, and the chips.
+
+A case is one call of a public op, so what is compiled is what a user gets:
+the op's own choice of tiles, with XLA's casts and sums around the kernel.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+import ssmjax.ops
+
+__all__ = ["CHIPS", "Case", "build", "quick_cases", "table_cases"]
+
+# Chip by compiler. A TPU's value is the topology that its compiler knows, a
+# GPU's the description of it in experiments/targets.
+CHIPS = {
+  "tpu": {
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+  },
+  "cuda": {"a100": "a100", "h200": "h200", "b200": "b200"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One program, compiled for one chip (or for several, as one program).
+
+  Attributes:
+    chip: a name of `CHIPS`.
+    op: the public function.
+    program: "forward", or "gradient" for value and gradients.
+    dtype: of u, delta, z, B and C; A, D and the bias are float32.
+    shape: B, T, D, N of the selective scan; B, T, D of the linear one.
+    form: "bare" for the recurrence alone (delta is positive as it comes);
+      "mamba" for that with softplus, bias, skip and gate; "" elsewhere.
+    topology: other than the chip's own, for a program over all its devices:
+      `shard_map` over the batch.
+  """
+
+  chip: str
+  op: str
+  program: str
+  dtype: str
+  shape: tuple[int, ...]
+  form: str = ""
+  topology: str = ""
+
+  @property
+  def platform(self) -> str:
+    """Whose compiler: "tpu" or "cuda"."""
+    return "tpu" if self.chip in CHIPS["tpu"] else "cuda"
+
+  def __str__(self) -> str:
+    sizes = "x".join(map(str, self.shape))
+    words = (self.op, self.program, self.dtype, sizes, self.form)
+    return " ".join(filter(None, (self.chip, *words, self.topology)))
+
+
+def table_cases(chips: Iterable[str]) -> list[Case]:
+  """Every case of the committed table, for some of the chips."""
+  selective = [
+    ("float32", (1, 1024, 1024, 16), "bare"),
+    ("float32", (1, 1024, 1024, 16), "mamba"),
+    ("bfloat16", (1, 1024, 1024, 16), "mamba"),
+    ("bfloat16", (1, 1024, 1024, 64), "mamba"),
+    ("float32", (1, 1024, 1024, 17), "mamba"),
+    ("bfloat16", (1, 1024, 1536, 16), "mamba"),
+  ]
+  linear = [
+    ("float32", (1, 1024, 1024), ""),
+    ("bfloat16", (1, 1024, 1024), ""),
+  ]
+  return [
+    Case(chip, op, program, *rest)
+    for chip in chips
+    for op, variants in (("selective_scan", selective), ("linear_scan", linear))
+    for rest in variants
+    for program in ("forward", "gradient")
+  ]
+
+
+def quick_cases() -> list[Case]:
+  """The few of the table that are compared on every change."""
+  wanted = {
+    ("selective_scan", "float32", (1, 1024, 1024, 16), "mamba"),
+    ("selective_scan", "bfloat16", (1, 1024, 1024, 16), "mamba"),
+    ("linear_scan", "float32", (1, 1024, 1024), ""),
+  }
+  return [
+    case
+    for case in table_cases(("v5e", "h200"))
+    if (case.op, case.dtype, case.shape, case.form) in wanted
+    and (case.program == "gradient" or case.dtype == "float32")
+  ]
+
+
+def build(
+  case: Case, devices: Sequence[jax.Device]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """Give a function to compile, and its arguments without their values.
+
+  Args:
+    case: the program.
+    devices: all that it runs on; the batch is divided over them.
+  """
+  forward, arguments = _OPS[case.op](case)
+  mesh = jax.sharding.Mesh(
+    list(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  spec = {
+    name: P("data") if x.ndim > 2 else P() for name, x in arguments.items()
+  }
+  dtype = jnp.dtype(case.dtype)
+  d_y = jax.ShapeDtypeStruct(case.shape[:3], dtype)
+
+  def gradient(args, d_y):
+    y, pull = jax.vjp(forward, args)
+    return y, pull(d_y)[0]
+
+  function: Callable[..., Any] = forward
+  args: tuple[Any, ...] = (arguments,)
+  specs: tuple[Any, ...] = (spec,)
+  out: Any = P("data")
+  if case.program == "gradient":
+    function, args, specs = gradient, (arguments, d_y), (spec, P("data"))
+    out = (P("data"), spec)
+  if len(devices) > 1:
+    function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)
+  place = lambda x, spec: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec)
+  )
+  return function, jax.tree.map(place, args, specs)
+
+
+def _selective_scan(case):
+  batch, length, channels, states = case.shape
+  dtype = jnp.dtype(case.dtype)
+  wide = jax.ShapeDtypeStruct((batch, length, channels), dtype)
+  narrow = jax.ShapeDtypeStruct((batch, length, states), dtype)
+  row = jax.ShapeDtypeStruct((channels,), jnp.float32)
+  arguments = dict(u=wide, delta=wide, B=narrow, C=narrow)
+  arguments["A"] = jax.ShapeDtypeStruct((channels, states), jnp.float32)
+  if case.form == "mamba":
+    arguments |= dict(D=row, z=wide, delta_bias=row)
+  elif case.form != "bare":
+    raise ValueError(f"static: {case.op} has no form {case.form!r}.")
+
+  def forward(args):
+    return ssmjax.ops.selective_scan(
+      **args, delta_softplus=case.form == "mamba", implementation="pallas"
+    )[0]
+
+  return forward, arguments
+
+
+def _linear_scan(case):
+  both = jax.ShapeDtypeStruct(case.shape, jnp.dtype(case.dtype))
+
+  def forward(args):
+    return ssmjax.ops.linear_scan(**args, implementation="pallas")[0]
+
+  return forward, dict(a=both, b=both)
+
+
+_OPS = {"selective_scan": _selective_scan, "linear_scan": _linear_scan}
