@@ -1,0 +1,359 @@
+"""How a selective scan is laid out on a GPU: tiles, lanes, packed arrays.
+
+A block is one warpgroup of 128 threads. It owns one batch row and a tile of
+channels and walks through time in chunks. The state of a channel is spread
+over `lanes` neighbouring threads, so that each holds a few of its N elements
+in registers; `copies` more tiles may share the block, which then reads B and
+C once for all of them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend import backend
+
+from ssmjax.types import Array
+
+__all__ = ["Plan", "Tiling", "default_tiling"]
+
+_THREADS = 128
+_LOG2E = 1.4426950408889634
+# Columns of the tokens after B and C.
+_SCALARS = ("direct", "valid", "restart")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """What a caller may choose of a selective scan on GPU.
+
+  Attributes:
+    lanes: threads that share a channel's state: 1, 2, 4, 8 or 16.
+    copies: tiles of 128 / lanes channels that one block carries.
+    chunk: time steps brought to shared memory at once, a multiple of 8; the
+      forward pass keeps the state at the start of each chunk.
+    unroll: time steps in one trip of the innermost loop; divides `chunk`.
+    stages: chunks in flight.
+  """
+
+  lanes: int = 2
+  copies: int = 1
+  chunk: int = 16
+  unroll: int = 2
+  stages: int = 2
+
+  def __post_init__(self):
+    if self.lanes not in (1, 2, 4, 8, 16):
+      raise ValueError(
+        f"Tiling: lanes is {self.lanes}, expected 1, 2, 4, 8 or 16."
+      )
+    if self.chunk % 8 or self.chunk % self.unroll or self.chunk < 8:
+      raise ValueError(
+        f"Tiling: chunk is {self.chunk}, expected a multiple of 8 that"
+        f" unroll={self.unroll} divides."
+      )
+    if self.copies < 1 or self.stages < 1:
+      raise ValueError(
+        f"Tiling: copies is {self.copies} and stages is {self.stages},"
+        " expected 1 or more."
+      )
+
+  @property
+  def width(self) -> int:
+    """Channels of one block."""
+    return self.copies * _THREADS // self.lanes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """One scan's sizes, after padding, and the layouts of its registers.
+
+  Attributes:
+    tiling: the caller's choice.
+    rows, groups, length, channels: R, G, T and D as the caller has them.
+    ones, learned: state channels without and with an exponential.
+    flags: which of "direct", "valid" and "restart" there are.
+    align: channels are padded to a multiple of this many: a copy into shared
+      memory moves whole 16 bytes, before Hopper 32.
+    align_time: the same of time steps; 1 from Hopper on.
+  """
+
+  tiling: Tiling
+  rows: int
+  groups: int
+  length: int
+  channels: int
+  ones: int
+  learned: int
+  flags: tuple[str, ...]
+  align: int
+  align_time: int
+
+  @property
+  def time(self) -> int:
+    """T, padded if it is shorter than one chunk, or to `align_time`."""
+    time = max(self.length, self.tiling.chunk)
+    return -(-time // self.align_time) * self.align_time
+
+  @property
+  def chunks(self) -> int:
+    """Chunks of time, the last of which may overlap the one before."""
+    return -(-self.time // self.tiling.chunk)
+
+  @property
+  def ragged(self) -> bool:
+    """Whether the last chunk overlaps the one before."""
+    return bool(self.time % self.tiling.chunk)
+
+  @property
+  def depth(self) -> int:
+    """D, padded."""
+    depth = max(self.channels, self.tiling.width)
+    return -(-depth // self.align) * self.align
+
+  @property
+  def tiles(self) -> int:
+    """Blocks to a row, the last of which may overlap the one before."""
+    return -(-self.depth // self.tiling.width)
+
+  @property
+  def parts(self) -> dict[str, int]:
+    """Name -> columns, padded, of the two parts of a state."""
+    sizes = dict(learned=self.learned, ones=self.ones)
+    up = lambda n: -(-n // self.tiling.lanes) * self.tiling.lanes
+    return {name: up(n) for name, n in sizes.items() if n}
+
+  @property
+  def columns(self) -> dict[str, int]:
+    """Name -> first column in the tokens; all start at whole 16 bytes."""
+    at, columns = 0, {}
+    for name, size in self.parts.items():
+      for array in ("B", "C"):
+        columns[f"{array} {name}"] = at
+        at += -(-size // 4) * 4
+    for name in _SCALARS:
+      columns[name] = at
+      at += 1
+    # Not a multiple of 8: such an array is never swizzled, which a copy
+    # before Hopper would not support and columns of 4 do not need.
+    columns["end"] = at + 1 + (4 if (at + 1) % 8 == 0 else 0)
+    return columns
+
+  def layout(self, part: str):
+    """Registers of a part of the state, `[128 / lanes, columns]`."""
+    lanes = self.tiling.lanes
+    each = self.parts[part] // lanes
+    vector = next(v for v in (4, 2, 1) if each % v == 0)
+    channels = _THREADS // lanes
+    if lanes == 1:
+      tiles = ((channels, vector), (channels // 4, vector))
+      return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-4,), (-2,), -1)
+    whole = lanes * vector
+    tiles = ((channels, whole), (channels // 4, whole), (vector,))
+    return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-5,), (-3, -2), -1)
+
+  @property
+  def row_layout(self):
+    """Registers of one number per channel, `[128 / lanes]`."""
+    return self.layout("learned").reduce(1)
+
+  @property
+  def block_layout(self):
+    """Registers of `[4 n, width]`: a warp has whole rows of channels."""
+    width = self.tiling.width
+    if width < 32:
+      # Two or four rows to a warp.
+      rows = 32 // width
+      tiles = ((4 * rows, width), (rows, width), (1,))
+      return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-5,), (-3, -2), -1)
+    vector = next(v for v in (4, 2, 1) if width % (32 * v) == 0)
+    tiles = ((4, 32 * vector), (vector,))
+    return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-3,), (-2,), -1)
+
+  @property
+  def scalar_layout(self):
+    """Registers of `[4 n, 4]`, the tokens' scalars beside a block's rows."""
+    rows = self.block_rows // 4
+    every = plgpu.Replicated(32 // rows)
+    if rows == 1:
+      tiles = plgpu.Tiling(((4, 4),))
+      return plgpu.Layout.TILED(tiles, (-2,), (every,), -1)
+    tiles = plgpu.Tiling(((4 * rows, 4), (rows, 4)))
+    return plgpu.Layout.TILED(tiles, (-4,), (-2, every), -1)
+
+  @property
+  def block_rows(self) -> int:
+    """Rows of a block layout's smallest array."""
+    return 4 * max(1, 32 // self.tiling.width)
+
+  def pad(self, x: Array | None) -> Array | None:
+    """Bring `[R, T, D]` to the padded T and D, where these differ."""
+    if x is None:
+      return None
+    more = (self.time - self.length, self.depth - self.channels)
+    if more == (0, 0):
+      return x
+    return jnp.pad(x, ((0, 0), (0, more[0]), (0, more[1])))
+
+  def pad_channels(self, x: Array | None) -> Array | None:
+    """Bring `[G, D]` to the padded D, in float32."""
+    if x is None:
+      return None
+    x = x.astype(jnp.float32)
+    return jnp.pad(x, ((0, 0), (0, self.depth - self.channels)))
+
+  def tokens(self, rows: dict[str, Array | None]) -> Array:
+    """Pack what has no channel axis, padding blanked: `[R, T, columns]`.
+
+    One array that is one copy per chunk, aligned whatever N is. B and C are
+    small beside u, so that float32 here costs less than to widen them anew in
+    every tile.
+    """
+    valid = rows["valid"]
+
+    def clean(x):
+      x = x.astype(jnp.float32)
+      if valid is None:
+        return x
+      mask = valid if x.ndim == 2 else valid[..., None]
+      return jnp.where(mask, x, jnp.zeros_like(x))
+
+    pieces = []
+    for name, size in self.parts.items():
+      start = self.ones if name == "learned" else 0
+      count = self.learned if name == "learned" else self.ones
+      for array in ("B", "C"):
+        x = clean(rows[array][..., start : start + count])
+        more = -(-size // 4) * 4 - count
+        pieces.append(jnp.pad(x, ((0, 0), (0, 0), (0, more))))
+    like = pieces[0][..., 0]
+    scalars = dict(
+      direct=None if rows["direct"] is None else clean(rows["direct"]),
+      valid=None if valid is None else valid.astype(jnp.float32),
+      restart=None
+      if rows["restart"] is None
+      else rows["restart"].astype(jnp.float32),
+    )
+    if valid is None and "valid" in self.flags:
+      scalars["valid"] = jnp.ones_like(like)
+    for name in _SCALARS:
+      x = scalars[name]
+      pieces.append((jnp.zeros_like(like) if x is None else x)[..., None])
+    columns = self.columns
+    more = columns["end"] - columns["restart"] - 1
+    pieces.append(jnp.zeros((*like.shape, more), jnp.float32))
+    tokens = jnp.concatenate(pieces, -1)
+    return jnp.pad(tokens, ((0, 0), (0, self.time - self.length), (0, 0)))
+
+  def rates(self, A: Array) -> Array:
+    """A in powers of two, `[G, D, columns]`, from `[G, learned, D]`."""
+    return self._columns("learned", A.astype(jnp.float32) * _LOG2E)
+
+  def split_state(self, state: Array) -> dict[str, Array]:
+    """The parts of `[R, N, D]`, each `[R, D, columns]`."""
+    pieces = dict(learned=state[:, self.ones :], ones=state[:, : self.ones])
+    return {
+      name: self._columns(name, pieces[name].astype(jnp.float32))
+      for name in self.parts
+    }
+
+  def join_state(self, parts: dict[str, Array]) -> Array:
+    """`[R, N, D]` of parts `[R, D, columns]`."""
+    counts = dict(ones=self.ones, learned=self.learned)
+    pieces = [
+      jnp.swapaxes(parts[name][:, : self.channels, :count], 1, 2)
+      for name, count in counts.items()
+      if count
+    ]
+    return jnp.concatenate(pieces, 1)
+
+  def _columns(self, part, x):
+    x = jnp.swapaxes(x, 1, 2)
+    more = self.parts[part] - x.shape[2]
+    return jnp.pad(x, ((0, 0), (0, self.depth - self.channels), (0, more)))
+
+
+def default_tiling(
+  channels: int, states: int, *, rows: int = 1, backward: bool = False
+) -> Tiling:
+  """Choose a tiling by shape.
+
+  Each thread holds at most 32 state elements forward and 16 backward, so
+  that nothing spills; more threads per channel where the channels alone would
+  leave the chip's schedulers without warps to alternate between.
+
+  Args:
+    channels: D.
+    states: N.
+    rows: R.
+    backward: for the backward pass, which holds several arrays of the state.
+  """
+  del channels, rows
+  lanes, each = 2, 8
+  while lanes < 16 and states > lanes * each:
+    lanes *= 2
+  return Tiling(
+    lanes=lanes,
+    chunk=32 if before_hopper() else 16,
+    unroll=2 if backward else 4,
+  )
+
+
+def before_hopper() -> bool:
+  """Whether the chip compiled for has no tensor memory accelerator.
+
+  Its copies into shared memory come in tiles of 8 rows and 32 bytes. As
+  Mosaic does, takes a chip that nobody names for a Hopper.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  default = backend.get_default_device()
+  if device is None or device.device_kind == default.device_kind:
+    device = default
+  capability = getattr(device, "compute_capability", "9.0")
+  return int(capability.split(".")[0]) < 9
+
+
+def plan(
+  rows: dict[str, Array | None],
+  shared: dict[str, Array | None],
+  ones: int,
+  tiling: Tiling,
+) -> Plan:
+  """Fit a tiling to the arrays of one scan."""
+  u, A = rows["u"], shared["A"]
+  assert u is not None
+  assert A is not None
+  count, length, channels = u.shape
+  old = before_hopper()
+  if length < tiling.chunk and not old:
+    chunk = 8 * max(1, length // 8)
+    unroll = max(n for n in range(1, tiling.unroll + 1) if chunk % n == 0)
+    tiling = dataclasses.replace(tiling, chunk=chunk, unroll=unroll)
+  flags = [name for name in _SCALARS if rows[name] is not None]
+  narrow = any(
+    x is not None and x.dtype.itemsize < 4
+    for x in (rows.get(name) for name in ("u", "delta", "z", "d_y"))
+  )
+  made = Plan(
+    tiling=tiling,
+    rows=count,
+    groups=A.shape[0],
+    length=length,
+    channels=channels,
+    ones=ones,
+    learned=A.shape[1],
+    flags=tuple(flags),
+    align=(8 if narrow else 4) * (2 if old else 1),
+    align_time=8 if old else 1,
+  )
+  if made.time > length and "valid" not in flags:
+    return dataclasses.replace(made, flags=(*flags, "valid"))
+  return made
+
+
+def out_type(like: Array, shape, dtype) -> jax.ShapeDtypeStruct:
+  """The type of an output that varies over `like`'s mesh axes."""
+  return jax.ShapeDtypeStruct(
+    shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type
+  )
