@@ -24,7 +24,7 @@ AOT = test ! -e $(VENV)/installed-tpu-aot || export \
   TPU_ACCELERATOR_TYPE=v5litepod-4 \
   TPU_LOG_DIR=disabled TPU_MIN_LOG_LEVEL=3
 
-.PHONY: help venv recall test nightly lint clean
+.PHONY: help venv recall test nightly gpu-aot lint clean
 
 help:
 	@echo "make recall   set up .venv, then run the main job on this CPU"
@@ -32,6 +32,7 @@ help:
 	@echo "make venv     only set up .venv"
 	@echo "make lint     ruff and mypy"
 	@echo "make nightly  the tests that are too slow for every change"
+	@echo "make gpu-aot  the GPU compiler for the tests, which needs no GPU"
 	@echo "make clean    remove .venv and every cache; runs/ is kept"
 	@echo "Add ARGS='...' for the run or the tests, PYTHON=... for the Python."
 
@@ -46,6 +47,9 @@ test: $(VENV)/installed-test $(VENV)/installed-tpu-aot
 
 nightly: $(VENV)/installed-test $(VENV)/installed-tpu-aot
 	@$(AOT); $(PYTEST) -m nightly $(ARGS)
+
+gpu-aot: $(VENV)/installed-gpu-aot
+	@echo "$(VENV)/gpu-aot is ready: the tests compile for GPUs"
 
 lint: $(VENV)/installed-test
 	$(RUN) -m ruff check
@@ -105,4 +109,15 @@ $(VENV)/installed-tpu-aot: $(VENV)/installed-test
 	  then echo "$$pin" > $@; \
 	  else echo "The TPU compiler can't be had: its tests are skipped"; \
 	  fi; \
+	fi
+
+# Asked for by name only, for its size. It too stays off the import path, where
+# jax would look for a GPU and cuDNN and print an error at every start: only
+# the tests' compiler processes see it. What its parts depend on is not needed.
+$(VENV)/installed-gpu-aot: $(VENV)/installed-test
+	@pins=$$(awk '/^[a-z]/ {on = /^gpu-aot/} on && /==/ {print $$1}' setup.cfg); \
+	if test "$$(cat $@ 2>/dev/null)" = "$$pins"; then touch $@; else \
+	  echo "Installing the GPU compiler (548 MB)" && \
+	  $(PIP) --no-deps --upgrade --target $(VENV)/gpu-aot $$pins && \
+	  echo "$$pins" > $@; \
 	fi

@@ -8,7 +8,6 @@ each trip through the innermost ones.
 
 import collections
 import importlib.metadata
-import os
 import pathlib
 import re
 import subprocess
@@ -120,9 +119,7 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
 
 def _folder() -> pathlib.Path:
   """Where `make gpu-aot` installs: beside the packages, not among them."""
-  return pathlib.Path(
-    os.environ.get("GPU_AOT") or pathlib.Path(sys.prefix, "gpu-aot")
-  )
+  return pathlib.Path(sys.prefix, "gpu-aot")
 
 
 def _ptxas(path):
