@@ -257,34 +257,47 @@ def blocks_of_rows(plan: Plan):
   return [pl.ds(i, rows) for i in range(0, plan.tiling.chunk, rows)], rows
 
 
-def advance(plan: Plan, slots, t, h, rates, dt, dx, first):
+def reset_at(plan: Plan, slots, t, first):
+  """Whether the state is forgotten before step t, 0 or 1; None if never."""
+  if "restart" not in plan.flags:
+    return None
+  reset = slots["tokens"][t, plan.columns["restart"]] > 0
+  if plan.ragged:
+    reset = reset & (t >= first)
+  return reset.astype(jnp.int32)
+
+
+def forget(h, reset, only=None):
+  """Zeros, even for an infinite state, if `reset`; of the part `only`."""
+  if reset is None:
+    return h
+  return {
+    name: jnp.where(jnp.broadcast_to(reset, x.shape) > 0, jnp.zeros_like(x), x)
+    if only in (None, name)
+    else x
+    for name, x in h.items()
+  }
+
+
+def token_map(plan: Plan, slots, t, array, part):
+  """B or C of step t, for a part of the state."""
+  own = pl.ds(plan.columns[f"{array} {part}"], plan.parts[part])
+  return load_wide(slots["tokens"].at[t, own], plan.layout(part).reduce(0))
+
+
+def _advance(plan: Plan, slots, t, h, rates, dt, dx, first):
   """One step of every copy's state, and Cₜ hₜ of each."""
   channels = 128 // plan.tiling.lanes
-  columns = plan.columns
-  reset = None
-  if "restart" in plan.flags:
-    reset = slots["tokens"][t, columns["restart"]] > 0
-    if plan.ragged:
-      reset = reset & (t >= first)
-    reset = reset.astype(jnp.int32)
+  reset = reset_at(plan, slots, t, first)
+  maps = {
+    name: [token_map(plan, slots, t, array, name) for array in ("B", "C")]
+    for name in plan.parts
+  }
   new, y = [], []
-  maps = {}
-  for name, size in plan.parts.items():
-    layout = plan.layout(name).reduce(0)
-    maps[name] = tuple(
-      load_wide(
-        slots["tokens"].at[t, pl.ds(columns[f"{array} {name}"], size)], layout
-      )
-      for array in ("B", "C")
-    )
   for j in range(plan.tiling.copies):
     parts, total = {}, None
-    for name, size in plan.parts.items():
-      shape = (channels, size)
-      old = h[j][name]
-      if reset is not None:
-        forget = jnp.broadcast_to(reset, shape) > 0
-        old = jnp.where(forget, jnp.zeros_like(old), old)
+    for name, old in forget(h[j], reset).items():
+      shape = (channels, plan.parts[name])
       if name == "learned":
         old = jnp.exp2(spread(dt[j], shape, 0) * rates[j]) * old
       B, C = (spread(x, shape, 1) for x in maps[name])
@@ -435,7 +448,7 @@ def _forward_body(plan, softplus_on, inputs, outputs, *refs):
 
     def step(t, h):
       dt, dx = (copy_rows(plan, ref, t) for ref in (dt_s, dx_s))
-      h, y = advance(plan, slots, t, h, rates, dt, dx, first)
+      h, y = _advance(plan, slots, t, h, rates, dt, dx, first)
       store_rows(plan, y_s, t, y)
       return h
 

@@ -1,0 +1,484 @@
+"""The selective scan on GPU (Mosaic): backward pass.
+
+A block goes back through time with the cotangent of its state in registers. It
+walks each chunk twice. First forward from the state that the forward pass
+kept, leaving the state every few steps in shared memory; then, a few steps at
+a time from the last, forward again with all states and decays in registers
+and back through them.
+
+The cotangents of B and C are sums over channels, which lie across threads.
+The products of a few steps go to shared memory, where each thread adds up one
+column, (step, array, n), in a fixed order: no atomics, and the same bits in
+every run. One float32 partial per tile is left to add.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import selective_scan_gpu as fw
+from kernels_pallas import selective_scan_gpu_plan as planning
+from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling, default_tiling
+from ssmjax.types import Array
+
+__all__ = ["backward"]
+
+_LN2 = 0.6931471805599453
+
+
+def backward(
+  rows: dict[str, Array | None],
+  shared: dict[str, Array | None],
+  *,
+  delta_softplus: bool,
+  ones: int,
+  tiling: Tiling | None = None,
+  interpret=False,
+) -> dict[str, Array]:
+  """Pull cotangents back through `forward`.
+
+  gₜ = Cₜ d_outₜ + exp(Δₜ₊₁ A) ∘ gₜ₊₁,  d_outₜ = d_yₜ silu(zₜ)
+  dBₜ = Σ_d gₜ Δₜ uₜ,  dCₜ = Σ_d hₜ d_outₜ,  dA = Σₜ gₜ exp(Δₜ A) hₜ₋₁ Δₜ
+
+  Args:
+    rows: those of `forward`, and `states` as it returned them with `keep`,
+      d_y `[R, T, D]` of u's dtype and d_final `[R, N, D]` float32.
+    shared: those of `forward`.
+    delta_softplus: that of `forward`.
+    ones: that of `forward`.
+    tiling: the division of work, with the `chunk` of `forward`.
+    interpret: False, or `plgpu.InterpretGPUParams()`.
+
+  Returns:
+    Cotangents by name: u, delta, z of their dtypes, B, C, direct float32, and
+    per row, float32: initial_state `[R, N, D]`, A `[R, N - ones, D]`, D and
+    delta_bias `[R, D]`. Absent where the argument is None.
+  """
+  u, B = rows["u"], rows["B"]
+  assert u is not None
+  assert B is not None
+  if tiling is None:
+    tiling = default_tiling(
+      u.shape[2], B.shape[2], rows=u.shape[0], backward=True
+    )
+  plan = planning.plan(rows, shared, ones, tiling)
+  inputs = fw.kernel_inputs(plan, rows, shared)
+  states = rows["states"]
+  assert states is not None
+  for name, x in zip(plan.parts, states, strict=True):
+    inputs[f"states {name}"] = x
+  for name, x in plan.split_state(rows["d_final"]).items():
+    inputs[f"d_final {name}"] = x
+  f32 = jnp.float32
+  whole = (plan.rows, plan.time, plan.depth)
+  shapes = {
+    name: (whole, rows[name].dtype)
+    for name in ("u", "delta", "z")
+    if rows[name] is not None
+  }
+  for name, size in plan.parts.items():
+    shapes[f"initial {name}"] = ((plan.rows, plan.depth, size), f32)
+  rates = (plan.rows, plan.depth, plan.parts["learned"])
+  shapes["rates"] = (rates, f32)
+  pairs = _pairs(plan)
+  shapes["tokens"] = ((plan.tiles, plan.rows, plan.time * pairs), f32)
+  sums = (plan.rows, plan.block_rows, plan.depth)
+  for name in ("D", "delta_bias"):
+    if shared[name] is not None:
+      shapes[f"sum {name}"] = (sums, f32)
+  out = plgpu.kernel(
+    functools.partial(
+      _backward_body, plan, delta_softplus, tuple(inputs), tuple(shapes)
+    ),
+    out_type=[planning.out_type(u, *shape) for shape in shapes.values()],
+    scratch_types=_scratch(plan, delta_softplus, rows["z"] is not None),
+    grid=(plan.rows * plan.tiles,),
+    grid_names=("block",),
+    kernel_name="selective_scan_gpu_backward",
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, unsafe_no_auto_barriers=True
+    ),
+    interpret=interpret,
+  )(*inputs.values())
+  named = dict(zip(shapes, out, strict=True))
+  return _gradients(plan, rows, named)
+
+
+def _pairs(plan: Plan) -> int:
+  """Columns that one step's products take: whole threads for all steps."""
+  used = 2 * sum(plan.parts.values()) + ("direct" in plan.flags)
+  unit = max(1, 128 // plan.tiling.unroll)
+  return -(-used // unit) * unit
+
+
+def _offsets(plan: Plan) -> dict[str, int]:
+  """Name -> first column of its products in a step's pairs."""
+  at, offsets = 0, {}
+  for array in ("B", "C"):
+    for name, size in plan.parts.items():
+      offsets[f"{array} {name}"] = at
+      at += size
+  return offsets | dict(direct=at)
+
+
+def _scratch(plan: Plan, softplus_on: bool, gated: bool):
+  """Shared memory by name."""
+  tiling, f32 = plan.tiling, jnp.float32
+  block = plgpu.SMEM((tiling.chunk, tiling.width), f32)
+  scratch = dict.fromkeys(("dt", "dx", "d_out", "d_dx", "d_rate"), block)
+  if softplus_on:
+    scratch["slope"] = block
+  if gated:
+    scratch["y"] = block
+  for name, size in plan.parts.items():
+    starts = (tiling.chunk // tiling.unroll, tiling.width, size)
+    scratch[f"start {name}"] = plgpu.SMEM(starts, f32)
+  # A step to the side from row to row, so that threads in a phase meet
+  # different banks; a row too many, so that the rows are no whole tiles and
+  # stay as they are.
+  channels = 128 // tiling.lanes
+  side = max(4, tiling.lanes * 4) % 32 or 4
+  columns = tiling.unroll * _pairs(plan) + side
+  scratch["products"] = plgpu.SMEM((channels + 1, columns), f32)
+  return scratch
+
+
+def _gradients(plan: Plan, rows, named):
+  """The cotangents of the contract from what the kernel wrote."""
+  cut = lambda x: x[:, : plan.length, : plan.channels]
+  grads = {k: cut(named[k]) for k in ("u", "delta", "z") if k in named}
+  pairs = _pairs(plan)
+  tokens = named["tokens"].reshape(plan.tiles, plan.rows, plan.time, pairs)
+  tokens = tokens.sum(0)[:, : plan.length]
+  if rows["valid"] is not None:
+    mask = rows["valid"][..., None]
+    tokens = jnp.where(mask, tokens, jnp.zeros_like(tokens))
+  offsets = _offsets(plan)
+  counts = dict(ones=plan.ones, learned=plan.learned)
+  for array in ("B", "C"):
+    pieces = []
+    for name, count in counts.items():
+      if count:
+        first = offsets[f"{array} {name}"]
+        pieces.append(tokens[..., first : first + count])
+    grads[array] = jnp.concatenate(pieces, -1)
+  if "direct" in plan.flags:
+    grads["direct"] = tokens[..., offsets["direct"]]
+  grads["initial_state"] = plan.join_state(
+    {name: named[f"initial {name}"] for name in plan.parts}
+  )
+  rates = named["rates"][:, : plan.channels, : plan.learned]
+  grads["A"] = jnp.swapaxes(rates, 1, 2)
+  for name in ("D", "delta_bias"):
+    if f"sum {name}" in named:
+      grads[name] = named[f"sum {name}"].sum(1)[:, : plan.channels]
+  return grads
+
+
+def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
+  out = dict(zip(outputs, refs[len(inputs) :], strict=True))
+  refs = dict(zip(inputs, refs[: len(inputs)], strict=True))
+  place = fw.block_place(plan)
+  row, _, group, start = place
+  rates = fw.load_rates(plan, refs, group, start)
+  bias = fw.load_vector(plan, refs, "delta_bias", group, start)
+  skip = fw.load_vector(plan, refs, "D", group, start)
+  names = [n for n in ("u", "delta", "z", "d_y", "tokens") if n in refs]
+  blocks = [
+    pl.ds(i, plan.block_rows)
+    for i in range(0, plan.tiling.chunk, plan.block_rows)
+  ]
+  unroll = plan.tiling.unroll
+  pieces = plan.tiling.chunk // unroll
+
+  def chunk(index, *slots_and_carry):
+    chunk = plan.chunks - 1 - index[0]
+    *slots, (g, d_rates, sums) = slots_and_carry
+    slots = dict(zip(names, slots, strict=True))
+    first = fw.chunk_first(plan, chunk)
+    _prepare(plan, softplus_on, bias, slots, blocks, scratch)
+    if plan.ragged:
+      fw.meet()
+      own = (scratch[k] for k in ("dt", "dx", "d_out"))
+      fw.blank_before(plan, first, *own)
+    fw.meet()
+    state = lambda h, k, p: _state_step(plan, slots, scratch, rates, first, h,
+                                        p * unroll + k)  # fmt: skip
+
+    def leave(p, h):
+      _store_start(plan, scratch, p, h)
+      for k in range(unroll):
+        h = state(h, k, p)[0]
+      return h
+
+    h = fw.load_states(plan, refs, "states", (row, chunk), start)
+    h = lax.fori_loop(jnp.int32(0), jnp.int32(pieces - 1), leave, h)
+    _store_start(plan, scratch, jnp.int32(pieces - 1), h)
+    at = jnp.minimum(
+      chunk * plan.tiling.chunk, jnp.int32(plan.time - plan.tiling.chunk)
+    )
+
+    def piece(i, carry):
+      g, d_rates = carry
+      p = pieces - 1 - i
+      h = _load_start(plan, scratch, p)
+      steps = []
+      for k in range(unroll):
+        h, *rest = state(h, k, p)
+        steps.append((h, *rest))
+      for k in reversed(range(unroll)):
+        g, d_rates = _step_back(
+          plan, slots, scratch, rates, place, g, d_rates, steps[k], k,
+          p * unroll + k,
+        )  # fmt: skip
+      fw.meet()
+      _add_up(plan, scratch, out, place, at + p * unroll)
+      fw.meet()
+      return g, d_rates
+
+    carry = (g, d_rates)
+    g, d_rates = lax.fori_loop(jnp.int32(0), jnp.int32(pieces), piece, carry)
+    for block in blocks:
+      sums = _finish(
+        plan, skip, slots, scratch, out, place, block, at, first, sums
+      )
+    # Nobody may still read what the next copies overwrite.
+    fw.meet()
+    return g, d_rates, sums
+
+  shape = (plan.block_rows, plan.tiling.width)
+  zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plan.block_layout)
+  sums = {k: zero for k in ("D", "delta_bias") if f"sum {k}" in out}
+  g = fw.load_states(plan, refs, "d_final", (row,), start)
+  d_rates = [h["learned"] for h in fw.zero_states(plan)]
+  g, d_rates, sums = plgpu.emit_pipeline(
+    chunk,
+    grid=(plan.chunks,),
+    in_specs=fw.chunk_specs(plan, names, lambda i: plan.chunks - 1 - i),
+    max_concurrent_steps=plan.tiling.stages,
+    init_carry=(g, d_rates, sums),
+  )(*fw.chunk_refs(plan, refs, names, row, start))
+  fw.store_states(plan, out, "initial", (row,), start, g)
+  channels = 128 // plan.tiling.lanes
+  for j, x in enumerate(d_rates):
+    to = out["rates"].at[row, pl.ds(start + j * channels, channels)]
+    plgpu.store(to, x, optimized=False)
+  for name, x in sums.items():
+    to = out[f"sum {name}"].at[row, :, pl.ds(start, plan.tiling.width)]
+    plgpu.store(to, x, optimized=False)
+
+
+def _prepare(plan, softplus_on, bias, slots, blocks, scratch):
+  """Everything about a chunk that needs no state, for all threads at once."""
+  for block in blocks:
+    shape = (plan.block_rows, plan.tiling.width)
+    scalars = fw.token_scalars(plan, slots, block, shape)
+    valid = scalars["valid"] > 0 if "valid" in scalars else None
+    dt, slope, u = fw.step_sizes(plan, softplus_on, bias, slots, block, valid)
+    d_out = fw.load_wide(slots["d_y"].at[block], plan.block_layout)
+    if "z" in slots:
+      z = fw.load_wide(slots["z"].at[block], plan.block_layout)
+      d_out = d_out * (z * fw.sigmoid(z))
+    if valid is not None:
+      d_out = jnp.where(valid, d_out, jnp.zeros_like(d_out))
+    named = dict(dt=dt, dx=dt * u, d_out=d_out)
+    if slope is not None:
+      named["slope"] = slope
+    for name, x in named.items():
+      plgpu.store(scratch[name].at[block], x, optimized=False)
+
+
+def _state_step(plan, slots, scratch, rates, first, h, t):
+  """The states after step t, those before it that count, and the decays."""
+  channels = 128 // plan.tiling.lanes
+  reset = fw.reset_at(plan, slots, t, first)
+  dt, dx = (fw.copy_rows(plan, scratch[k], t) for k in ("dt", "dx"))
+  maps = {name: fw.token_map(plan, slots, t, "B", name) for name in plan.parts}
+  after, before, decays = [], [], []
+  for j in range(plan.tiling.copies):
+    old = fw.forget(h[j], reset)
+    shape = (channels, plan.parts["learned"])
+    decay = jnp.exp2(fw.spread(dt[j], shape, 0) * rates[j])
+    new = {}
+    for name, size in plan.parts.items():
+      shape = (channels, size)
+      write = fw.spread(dx[j], shape, 0) * fw.spread(maps[name], shape, 1)
+      new[name] = write + (
+        decay * old[name] if name == "learned" else old[name]
+      )
+    after.append(new)
+    before.append(old["learned"])
+    decays.append(decay)
+  return tuple(after), before, decays, reset
+
+
+def _step_back(
+  plan, slots, scratch, rates, place, g, d_rates, step, k, t
+):  # fmt: skip
+  """Go back through step t, the kth of its piece."""
+  after, before, decays, reset = step
+  channels = 128 // plan.tiling.lanes
+  dt, dx, d_out = (
+    fw.copy_rows(plan, scratch[name], t) for name in ("dt", "dx", "d_out")
+  )
+  new = _new_channels(plan, place)
+  new_dx = [x * n for x, n in zip(dx, new, strict=True)] if new else dx
+  new_out = [x * n for x, n in zip(d_out, new, strict=True)] if new else d_out
+  maps = {
+    (array, name): fw.token_map(plan, slots, t, array, name)
+    for name in plan.parts
+    for array in ("B", "C")
+  }
+  d_dx: list = [0] * plan.tiling.copies
+  y: list = [0] * plan.tiling.copies
+  g_new: list = [{} for _ in g]
+  products = {}
+  for j in range(plan.tiling.copies):
+    for name, size in plan.parts.items():
+      shape = (channels, size)
+      down = lambda x, shape=shape: fw.spread(x, shape, 0)
+      B, C = (fw.spread(maps[a, name], shape, 1) for a in ("B", "C"))
+      now = g[j][name] + C * down(d_out[j])
+      g_new[j][name] = now
+      d_dx[j] = d_dx[j] + jnp.sum(now * B, axis=1)
+      if "z" in slots:
+        y[j] = y[j] + jnp.sum(after[j][name] * C, axis=1)
+      for array, x in (
+        ("B", now * down(new_dx[j])),
+        ("C", after[j][name] * down(new_out[j])),
+      ):
+        key = f"{array} {name}"
+        products[key] = products[key] + x if key in products else x
+  base, offsets = k * _pairs(plan), _offsets(plan)
+  for key, x in products.items():
+    own = pl.ds(base + offsets[key], x.shape[1])
+    to = scratch["products"].at[pl.ds(0, channels), own]
+    plgpu.store(to, x, optimized=False)
+  if "direct" in plan.flags:
+    both = [a * b for a, b in zip(dx, new_out, strict=True)]
+    to = scratch["products"].at[pl.ds(0, channels), base + offsets["direct"]]
+    plgpu.store(to, functools.reduce(jnp.add, both), optimized=False)
+  g_new = [fw.forget(x, reset, "ones") for x in g_new]
+  d_rate, d_rates = [], list(d_rates)
+  for j in range(plan.tiling.copies):
+    now = g_new[j]["learned"] * decays[j]
+    if reset is not None:
+      now = fw.forget(dict(learned=now), reset)["learned"]
+    g_new[j] = g_new[j] | dict(learned=now)
+    through = now * before[j]
+    d_rate.append(jnp.sum(through * rates[j], axis=1))
+    d_rates[j] = d_rates[j] + through * fw.spread(dt[j], through.shape, 0)
+  fw.store_rows(plan, scratch["d_dx"], t, d_dx)
+  fw.store_rows(plan, scratch["d_rate"], t, d_rate)
+  if "z" in slots:
+    fw.store_rows(plan, scratch["y"], t, y)
+  return tuple(g_new), d_rates
+
+
+def _new_channels(plan, place):
+  """1 for channels that no tile before has, 0 for the rest; per copy."""
+  if plan.depth % plan.tiling.width == 0:
+    return None
+  _, tile, _, start = place
+  channels = 128 // plan.tiling.lanes
+  iota = plgpu.broadcasted_iota(
+    jnp.int32, (channels,), 0, layout=plan.row_layout
+  )
+  first = tile * plan.tiling.width - start
+  return [
+    jnp.where(iota + j * channels >= first, 1.0, 0.0).astype(jnp.float32)
+    for j in range(plan.tiling.copies)
+  ]
+
+
+def _add_up(plan, scratch, out, place, t):
+  """Sum the products of a piece over channels, a column to a thread."""
+  row, tile, _, _ = place
+  pairs = _pairs(plan)
+  channels = 128 // plan.tiling.lanes
+  columns = plan.tiling.unroll * pairs
+  tiles = plgpu.Tiling(((1, 128), (32,), (1,)))
+  layout = plgpu.Layout.TILED(tiles, (-3,), (-2,), -1)
+  products = fw.load_wide(
+    scratch["products"].at[pl.ds(0, channels), pl.ds(0, columns)], layout
+  )
+  to = out["tokens"].at[tile, row, pl.ds(t * pairs, columns)]
+  plgpu.store(to, jnp.sum(products, axis=0), optimized=False)
+
+
+def _store_start(plan, scratch, p, h):
+  """Leave the state at the start of piece p."""
+  channels = 128 // plan.tiling.lanes
+  for j, parts in enumerate(h):
+    for name, x in parts.items():
+      to = scratch[f"start {name}"].at[p, pl.ds(j * channels, channels)]
+      plgpu.store(to, x, optimized=False)
+
+
+def _load_start(plan, scratch, p):
+  """The reverse of `_store_start`."""
+  channels = 128 // plan.tiling.lanes
+  return tuple(
+    {
+      name: fw.load_wide(
+        scratch[f"start {name}"].at[p, pl.ds(j * channels, channels)],
+        plan.layout(name),
+      )
+      for name in plan.parts
+    }
+    for j in range(plan.tiling.copies)
+  )
+
+
+def _finish(plan, skip, slots, scratch, out, place, block, at, first, sums):
+  """The cotangents of a block of rows, and their sums over time."""
+  row, _, _, start = place
+  shape = (plan.block_rows, plan.tiling.width)
+  load = lambda ref: fw.load_wide(ref.at[block], plan.block_layout)
+  scalars = fw.token_scalars(plan, slots, block, shape)
+  u, dt, d_dx, d_out = (
+    load(x)
+    for x in (slots["u"], scratch["dt"], scratch["d_dx"], scratch["d_out"])
+  )
+  use = scalars["valid"] > 0 if "valid" in scalars else None
+  if use is not None:
+    u = jnp.where(use, u, jnp.zeros_like(u))
+  if plan.ragged:
+    # Steps of the chunk before are added, and overwritten, with that chunk.
+    index = plgpu.broadcasted_iota(
+      jnp.int32, shape, 0, layout=plan.block_layout
+    )
+    own = index + block.start >= first
+    use = own if use is None else use & own
+  factor = None if skip is None else fw.spread(skip, shape, 1)
+  d_dt = d_dx * u + load(scratch["d_rate"]) * _LN2
+  if "direct" in scalars:
+    d_dt = d_dt + scalars["direct"] * d_out * u
+    extra = scalars["direct"] * dt
+    factor = extra if factor is None else factor + extra
+  d_u = d_dx * dt
+  if factor is not None:
+    d_u = d_u + factor * d_out
+  if "slope" in scratch:
+    d_dt = d_dt * load(scratch["slope"])
+  columns = dict(u=d_u, delta=d_dt)
+  if "z" in slots:
+    z, d_y, y = load(slots["z"]), load(slots["d_y"]), load(scratch["y"])
+    if factor is not None:
+      y = y + factor * u
+    s = fw.sigmoid(z)
+    columns["z"] = d_y * s * (1 + z * (1 - s)) * y
+  if use is not None:
+    columns = {
+      name: jnp.where(use, x, jnp.zeros_like(x)) for name, x in columns.items()
+    }
+  to = (row, pl.ds(at + block.start, block.size))
+  channels = pl.ds(start, plan.tiling.width)
+  for name, x in columns.items():
+    ref = out[name].at[(*to, channels)]
+    plgpu.store(ref, x.astype(ref.dtype), optimized=False)
+  added = dict(D=d_out * u, delta_bias=columns["delta"])
+  return {name: x + added[name] for name, x in sums.items()}
