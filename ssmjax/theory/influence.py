@@ -69,9 +69,10 @@ def locality_premise(
   contain the normaliser Dₜ, a sum over the past), by a convolution wider than
   W, and by anything that looks ahead.
 
-  Every token is moved in a random direction in turn, and the derivatives of
-  all Aₜ, Δₜbₜ and cₜ (at fixed states) are looked at outside of its window.
-  They are exactly 0 where nothing depends on it.
+  Token by token, a random combination of all Aₜ, Δₜbₜ and cₜ (at fixed
+  states) is differentiated by every token. The derivatives are exactly 0
+  where nothing depends on it, and what lies outside of t's window is looked
+  at.
 
   Args:
     layer: as in `recency`.
@@ -79,7 +80,7 @@ def locality_premise(
     window: W.
 
   Returns:
-    The premise over the pairs [t, s], `[T, T]`; the excess is the largest
+    The premise over the pairs [t, s], `[T, T]`; the excess is the size of the
     derivative there.
 
   Raises:
@@ -88,25 +89,28 @@ def locality_premise(
   _check_input("locality_premise", x, window)
   h = states(layer(x))
   times = jnp.arange(x.shape[1])
-  direction = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
 
   def parts(x):
     r = layer(x)
     a, dt, b, _ = canonical("locality_premise", r)
     dtype = state_dtype(dt, b)
-    return a, dt.astype(dtype) * b.astype(dtype), outputs(r, h)
+    drive = dt.astype(dtype) * b.astype(dtype)
+    return _real_parts(a, drive, outputs(r, h))
 
-  def column(s):
-    here = (times == s)[None, :, None]
-    _, moved = jax.jvp(
-      parts, (x,), (jnp.where(here, direction, jnp.zeros_like(x)),)
-    )
-    sizes = [
-      jnp.abs(v).max((0, *range(2, v.ndim))).astype(jnp.float32) for v in moved
-    ]
-    return jnp.stack(sizes).max(0)
+  values, pull = jax.vjp(parts, x)
+  keys = jax.random.split(jax.random.key(0), len(values))
+  weights = [
+    jax.random.normal(key, v.shape, v.dtype)
+    for key, v in zip(keys, values, strict=True)
+  ]
 
-  moved = jax.lax.map(column, times).T
+  def row(t):
+    here = lambda v: (times == t).reshape(1, -1, *(1,) * (v.ndim - 2))
+    seeds = [jnp.where(here(v), v, jnp.zeros_like(v)) for v in weights]
+    (moved,) = pull(tuple(seeds))
+    return jnp.abs(moved).max((0, 2)).astype(jnp.float32)
+
+  moved = jax.lax.map(row, times)
   lag = times[:, None] - times[None]
   inside = (lag >= 0) & (lag < window)
   excess = jnp.where(inside, jnp.zeros_like(moved), moved)
@@ -252,33 +256,54 @@ def _complex(v):
 def _token_derivatives(function, layer, x, window):
   """∂Aⱼ/∂xₛ and ∂(Δⱼbⱼ)/∂xₛ at [j - s, s], `[B, W, T, N, M]`.
 
-  Tokens W apart share a derivative: no j has two of them in its window.
+  Times j that are W apart share a derivative: no s is in the windows of both.
   """
-  length, width = x.shape[1:]
+  length = x.shape[1]
 
   def parts(x):
     a, dt, b, _ = canonical(function, layer(x))
     dtype = state_dtype(dt, b)
     flat = lambda v: v.reshape(*v.shape[:2], -1)
-    return flat(a), flat(dt.astype(dtype) * b.astype(dtype))
+    a, drive = flat(a), flat(dt.astype(dtype) * b.astype(dtype))
+    return _real_parts(a), _real_parts(drive)
 
-  def derivative(offset, feature):
-    here = (jnp.arange(length) % window == offset)[:, None]
-    here = here & (jnp.arange(width) == feature)[None]
-    tangent = jnp.broadcast_to(here[None].astype(x.dtype), x.shape)
-    return jax.jvp(parts, (x,), (tangent,))[1]
+  # Reverse mode, a channel at a time: fused layers know no other.
+  values, pull = jax.vjp(parts, x)
+  leaves, tree = jax.tree.flatten(values)
 
-  each = jax.vmap(jax.vmap(derivative, (None, 0)), (0, None))
-  moved = each(jnp.arange(window), jnp.arange(width))
+  def derivative(channel):
+    moved = []
+    for k in range(len(leaves)):
+      for offset in range(window):
+        here = (jnp.arange(length) % window == offset)[:, None]
+        here = here & (jnp.arange(leaves[k].shape[2]) == channel)[None]
+        seeds = [jnp.zeros_like(v) for v in leaves]
+        seeds[k] = jnp.broadcast_to(here[None], seeds[k].shape).astype(
+          seeds[k].dtype
+        )
+        moved.append(pull(tree.unflatten(seeds))[0])
+    return jnp.stack(moved)
+
+  moved = jax.lax.map(derivative, jnp.arange(leaves[0].shape[2]))
+  moved = moved.reshape(moved.shape[0], len(leaves), window, *x.shape)
   start = jnp.arange(length)[None]
   later = start + jnp.arange(window)[:, None]
   exists = (later < length)[None, :, :, None, None]
-  later = jnp.minimum(later, length - 1)
+  start = jnp.broadcast_to(start, later.shape)
 
   def gather(v):
-    # [W, M, B, T, N] at [s % W, :, :, j] is [j - s, s, M, B, N].
-    v = v[jnp.broadcast_to(start % window, later.shape), :, :, later]
-    v = jnp.transpose(v, (3, 0, 1, 4, 2))
+    # [N, W, B, T, M] at [:, j % W, :, s] is [j - s, s, N, B, M].
+    v = v[:, later % window, :, start]
+    v = jnp.transpose(v, (3, 0, 1, 2, 4))
     return jnp.where(exists, v, jnp.zeros_like(v))
 
-  return tuple(map(gather, moved))
+  each = tree.unflatten([gather(moved[:, k]) for k in range(len(leaves))])
+  return tuple(jax.lax.complex(*v) if len(v) == 2 else v[0] for v in each)
+
+
+def _real_parts(*values):
+  """Every array, or its real and imaginary parts: vjp as one would expect."""
+  parts = []
+  for v in values:
+    parts += [v.real, v.imag] if jnp.iscomplexobj(v) else [v]
+  return tuple(parts)

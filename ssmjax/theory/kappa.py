@@ -74,7 +74,8 @@ def kappa(recurrence: Recurrence) -> Float[Array, "B *S"]:
     ValueError: complex decays or steps.
   """
   a, dt, _, _ = canonical("kappa", recurrence, real_decay=True)
-  return jnp.maximum(_later(a, dt), _only_positive(dt[:, 0]))
+  later, _ = _later(a, dt, _rounding(a))
+  return jnp.maximum(later, _only_positive(dt[:, 0]))
 
 
 def kappa_smoothing(
@@ -124,14 +125,15 @@ def kappa_smoothing(
   """
   a, dt, b, h0 = canonical("kappa_smoothing", recurrence, real_decay=True)
   if tolerance is None:
-    tolerance = 8 * float(jnp.finfo(a.dtype).eps)
+    tolerance = _rounding(a)
   first = first_state(a, dt, b, h0)
-  later, least = _later(a, dt), kappa(recurrence)
+  later, steady = _later(a, dt, tolerance)
+  least = jnp.maximum(later, _only_positive(dt[:, 0]))
   finite = jnp.isfinite(least)
-  steady = lambda k: (
-    jnp.abs(dt[:, 1:] - k[:, None] * (1 - a[:, 1:])) <= tolerance * k[:, None]
-  ).all(1)
-
+  # One κ for all steps, the first included: Δ₁ may have raised it.
+  raised = jnp.where(finite, least, 0.0)
+  apart = jnp.abs(dt[:, 1:] - raised[:, None] * (1 - a[:, 1:]))
+  alike = steady & (apart <= tolerance * raised[:, None]).all(1)
   factor = least * (1 - least_decay(a) ** (b.shape[1] - 1))
   factor = jnp.where(finite, factor, jnp.inf)
   input_spread = spread(b)
@@ -148,8 +150,8 @@ def kappa_smoothing(
     factor=factor,
     state_spread=measured,
     bound=bound,
-    applies=started & (centred | steady(least)) | ~finite,
-    hull_bound=_hull_bound(a, b, first, later, steady(later)),
+    applies=(started & (centred | alike)) | ~finite,
+    hull_bound=_hull_bound(a, b, first, later, steady),
     measured=every(measured).max(-1),
     joint_bound=every(bound).max(-1),
   )
@@ -166,17 +168,33 @@ def _hull_bound(a, b, first, least, steady):
   return jnp.where(finite, bound, jnp.inf)
 
 
-def _later(a, dt):
-  """The largest Δₜ/(1 - Aₜ) of t ≥ 2; 0 if there is none."""
+def _later(a, dt, tolerance):
+  """The largest Δₜ/(1 - Aₜ) of t ≥ 2, and whether all of them are equal."""
   if a.shape[1] == 1:
-    return jnp.zeros_like(a[:, 0])
+    return jnp.zeros_like(a[:, 0]), jnp.ones_like(a[:, 0], bool)
   a, dt = a[:, 1:], dt[:, 1:]
   # 1 - A is exact for A ≥ 1/2, so this is the κ of the decays in use.
   room = 1 - a
-  ratio = jnp.where(room > 0, dt / jnp.where(room > 0, room, 1.0), jnp.inf)
-  ratio = jnp.where(dt == 0, jnp.zeros_like(ratio), _only_positive(ratio))
-  ratio = jnp.where((a < 0) | (a > 1), jnp.inf, ratio)
-  return ratio.max(1)
+  ratio = _ratio(dt, room)
+  ratio = jnp.where((dt < 0) | (a < 0) | (a > 1), jnp.inf, ratio).max(1)
+  # Rounding of A alone moves a ratio much where A is next to 1; if they are
+  # all equal, their weighted mean is what they are equal to.
+  mean = _ratio(dt.sum(1), room.sum(1))
+  finite = jnp.isfinite(ratio) & jnp.isfinite(mean)
+  value = jnp.where(finite, mean, 0.0)
+  apart = jnp.abs(dt - value[:, None] * room).max(1)
+  steady = finite & (apart <= tolerance * value)
+  return jnp.where(steady, value, ratio), steady
+
+
+def _ratio(step, room):
+  """Δ/(1 - A); nothing is asked where Δ = 0, and no κ is enough at A = 1."""
+  ratio = jnp.where(room > 0, step / jnp.where(room > 0, room, 1.0), jnp.inf)
+  return jnp.where(step == 0, jnp.zeros_like(ratio), ratio)
+
+
+def _rounding(a):
+  return 8 * float(jnp.finfo(a.dtype).eps)
 
 
 def _only_positive(step):

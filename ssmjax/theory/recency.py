@@ -159,7 +159,8 @@ def recency(
 
   Args:
     layer: maps x to the layer's recurrence on it, such as a mixer's
-      `recurrence`; differentiable, each row for itself.
+      `recurrence`; each row for itself. It is differentiated in reverse mode
+      only, as fused layers can be.
     x: real inputs, `[B, T, M]`. For complex ones pass real and imaginary
       parts side by side.
     window: W, tokens back (itself included) on which a token's Aₜ, Δₜ, bₜ and
@@ -255,6 +256,7 @@ def polarized_recency(
     (1, 2)
   )
   lags = (jnp.log(constant) - jnp.log(floor)) / -jnp.log(rho)
+  lags = jnp.where(rho > 0, lags, 0.0)
   lags = jnp.where(rho < 1, jnp.maximum(lags, 0.0), jnp.inf)
   lags = jnp.where(constant > 0, lags, 0.0)
   return PolarizedRecency(
