@@ -142,7 +142,6 @@ def _token(state, a, b, valid, restart):
 @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
 def _linear_scan(a, b, initial_state, segment_ids, *, reverse, implementation):
   dtype = state_dtype(a, b, initial_state)
-  y_dtype = _y_dtype(a, b, initial_state)
   state = initial_state
   if state is None:
     state = jnp.zeros((b.shape[0], *b.shape[2:]), dtype)
@@ -152,27 +151,28 @@ def _linear_scan(a, b, initial_state, segment_ids, *, reverse, implementation):
     refused = "has no kernel for complex a or b"
   elif dtype == jnp.dtype("float64"):
     refused = "has no kernel for float64"
-  y, state = dispatch.run(
+  return dispatch.run(
     "linear_scan", implementation,
     {"associative": _associative, "chunked": _chunked},
     *match_varying(a, b, state.astype(dtype), *masks),
     fuse=fused, no_kernel=refused, reverse=reverse,
   )  # fmt: skip
-  return y.astype(y_dtype), state
 
 
 def _associative(a, b, state, valid, restart, *, reverse):
   """All of T at once; differentiable to any order."""
+  y_dtype = _y_dtype(a, b, state)
   a, b = _without_padding(a, b, state, valid)
   y, final = _prefix(a, b, state, _wide(restart, b), reverse=reverse)
-  return _zero_padding(y, valid), final
+  return _zero_padding(y, valid).astype(y_dtype), final
 
 
 def _chunked(a, b, state, valid, restart, *, reverse):
   """Own backward: the adjoint of a linear scan is a linear scan."""
+  y_dtype = _y_dtype(a, b, state)
   a, b = _without_padding(a, b, state, valid)
   y, final = _adjoint_scan(reverse, a, b, state, _wide(restart, b))
-  return _zero_padding(y, valid), final
+  return _zero_padding(y, valid).astype(y_dtype), final
 
 
 def _without_padding(a, b, state, valid):

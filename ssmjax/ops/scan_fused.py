@@ -49,7 +49,7 @@ def fused(forward, backward):
       (forward, backward, reverse),
       flat(a, 2), flat(b, 2), flat(state, 1), valid, restart,
     )  # fmt: skip
-    return y.reshape(b.shape), final.reshape(state.shape)
+    return y.reshape(b.shape).astype(b.dtype), final.reshape(state.shape)
 
   return form
 
