@@ -13,12 +13,14 @@ outputs stored from registers.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import selective_scan_gpu_plan as planning
+from kernels_pallas.costs import selective_scan_cost
 from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling, default_tiling
 from ssmjax.types import Array
 
@@ -65,8 +67,7 @@ def forward(
     y `[R, T, D]` of u's dtype, the final state `[R, N, D]` float32 and, with
     `keep`, the parts of the state at the start of each chunk.
   """
-  u = rows["u"]
-  B = rows["B"]
+  u, B = rows["u"], rows["B"]
   assert u is not None
   assert B is not None
   if tiling is None:
@@ -77,8 +78,10 @@ def forward(
     for name, x in plan.split_state(rows["initial_state"]).items():
       inputs[f"initial {name}"] = x
   time, depth = plan.time, plan.depth
-  f32 = jnp.float32
-  shapes = dict(y=((plan.rows, time, depth), u.dtype))
+  f32 = jnp.dtype("float32")
+  shapes: dict[str, tuple[tuple[int, ...], jnp.dtype]] = dict(
+    y=((plan.rows, time, depth), u.dtype)
+  )
   for name, size in plan.parts.items():
     shapes[f"final {name}"] = ((plan.rows, depth, size), f32)
     if keep:
@@ -89,17 +92,18 @@ def forward(
     functools.partial(
       _forward_body, plan, delta_softplus, tuple(inputs), tuple(shapes)
     ),
-    out_type=[planning.out_type(u, *shape) for shape in shapes.values()],
+    out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes.values()],
     scratch_types=[plgpu.SMEM(block, f32)] * 3,
     grid=(plan.rows * plan.tiles,),
     grid_names=("block",),
     kernel_name="selective_scan_gpu_forward",
+    cost_estimate=selective_scan_cost(rows, shared, ones=ones),
     compiler_params=plgpu.CompilerParams(
       approx_math=True, unsafe_no_auto_barriers=True
     ),
     interpret=interpret,
   )(*inputs.values())
-  named = dict(zip(shapes, out, strict=True))
+  named = dict(zip(shapes, planning.vary_like(u, out), strict=True))
   y = named["y"][:, : plan.length, : plan.channels]
   final = plan.join_state({k: named[f"final {k}"] for k in plan.parts})
   states = tuple(named[f"states {k}"] for k in plan.parts) if keep else None
@@ -108,11 +112,10 @@ def forward(
 
 def kernel_inputs(plan: Plan, rows, shared) -> dict[str, Array]:
   """The arrays that both passes read, padded and packed, by name."""
-  inputs = {
-    name: plan.pad(rows[name])
-    for name in ("u", "delta", "z", "d_y")
-    if rows.get(name) is not None
-  }
+  inputs = {}
+  for name in ("u", "delta", "z", "d_y"):
+    if rows.get(name) is not None:
+      inputs[name] = plan.pad(rows[name])
   inputs["tokens"] = plan.tokens(rows)
   inputs["rates"] = plan.rates(shared["A"])
   for name in ("D", "delta_bias"):
@@ -312,16 +315,16 @@ def _advance(plan: Plan, slots, t, h, rates, dt, dx, first):
 def load_states(plan: Plan, refs, prefix, place, start):
   """The parts of every copy's state, from global memory."""
   channels = 128 // plan.tiling.lanes
+
+  def load(name, j):
+    own = pl.ds(start + j * channels, channels)
+    x = load_wide(refs[f"{prefix} {name}"].at[(*place, own)], plan.layout(name))
+    # Under shard_map a load has varying axes, which sums in a kernel do not
+    # have; times 1 for a loop whose carry is both.
+    return x * 1.0
+
   return tuple(
-    {
-      name: load_wide(
-        refs[f"{prefix} {name}"].at[
-          (*place, pl.ds(start + j * channels, channels))
-        ],
-        plan.layout(name),
-      )
-      for name in plan.parts
-    }
+    {name: load(name, j) for name in plan.parts}
     for j in range(plan.tiling.copies)
   )
 

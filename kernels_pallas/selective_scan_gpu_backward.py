@@ -14,6 +14,7 @@ every run. One float32 partial per tile is left to add.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -21,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import selective_scan_gpu as fw
 from kernels_pallas import selective_scan_gpu_plan as planning
+from kernels_pallas.costs import selective_scan_cost
 from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling, default_tiling
 from ssmjax.types import Array
 
@@ -66,26 +68,27 @@ def backward(
     )
   plan = planning.plan(rows, shared, ones, tiling)
   inputs = fw.kernel_inputs(plan, rows, shared)
-  states = rows["states"]
+  states, d_final = rows["states"], rows["d_final"]
   assert states is not None
+  assert d_final is not None
   for name, x in zip(plan.parts, states, strict=True):
     inputs[f"states {name}"] = x
-  for name, x in plan.split_state(rows["d_final"]).items():
+  for name, x in plan.split_state(d_final).items():
     inputs[f"d_final {name}"] = x
-  f32 = jnp.float32
+  f32 = jnp.dtype("float32")
   whole = (plan.rows, plan.time, plan.depth)
-  shapes = {
-    name: (whole, rows[name].dtype)
-    for name in ("u", "delta", "z")
-    if rows[name] is not None
-  }
+  shapes: dict[str, tuple[tuple[int, ...], jnp.dtype]] = {}
+  for name in ("u", "delta", "z"):
+    argument = rows[name]
+    if argument is not None:
+      shapes[name] = (whole, argument.dtype)
   for name, size in plan.parts.items():
     shapes[f"initial {name}"] = ((plan.rows, plan.depth, size), f32)
   rates = (plan.rows, plan.depth, plan.parts["learned"])
   shapes["rates"] = (rates, f32)
   pairs = _pairs(plan)
   shapes["tokens"] = ((plan.tiles, plan.rows, plan.time * pairs), f32)
-  sums = (plan.rows, plan.block_rows, plan.depth)
+  sums = (plan.rows, fw.blocks_of_rows(plan)[1], plan.depth)
   for name in ("D", "delta_bias"):
     if shared[name] is not None:
       shapes[f"sum {name}"] = (sums, f32)
@@ -93,17 +96,23 @@ def backward(
     functools.partial(
       _backward_body, plan, delta_softplus, tuple(inputs), tuple(shapes)
     ),
-    out_type=[planning.out_type(u, *shape) for shape in shapes.values()],
+    out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes.values()],
     scratch_types=_scratch(plan, delta_softplus, rows["z"] is not None),
     grid=(plan.rows * plan.tiles,),
     grid_names=("block",),
     kernel_name="selective_scan_gpu_backward",
+    cost_estimate=selective_scan_cost(
+      {k: x for k, x in rows.items() if k != "states"},
+      shared,
+      ones=ones,
+      backward=True,
+    ),
     compiler_params=plgpu.CompilerParams(
       approx_math=True, unsafe_no_auto_barriers=True
     ),
     interpret=interpret,
   )(*inputs.values())
-  named = dict(zip(shapes, out, strict=True))
+  named = dict(zip(shapes, planning.vary_like(u, out), strict=True))
   return _gradients(plan, rows, named)
 
 
@@ -128,7 +137,7 @@ def _scratch(plan: Plan, softplus_on: bool, gated: bool):
   """Shared memory by name."""
   tiling, f32 = plan.tiling, jnp.float32
   block = plgpu.SMEM((tiling.chunk, tiling.width), f32)
-  scratch = dict.fromkeys(("dt", "dx", "d_out", "d_dx", "d_rate"), block)
+  scratch = dict.fromkeys(("dt", "dx", "d_out", "d_rate"), block)
   if softplus_on:
     scratch["slope"] = block
   if gated:
@@ -136,13 +145,9 @@ def _scratch(plan: Plan, softplus_on: bool, gated: bool):
   for name, size in plan.parts.items():
     starts = (tiling.chunk // tiling.unroll, tiling.width, size)
     scratch[f"start {name}"] = plgpu.SMEM(starts, f32)
-  # A step to the side from row to row, so that threads in a phase meet
-  # different banks; a row too many, so that the rows are no whole tiles and
-  # stay as they are.
-  channels = 128 // tiling.lanes
-  side = max(4, tiling.lanes * 4) % 32 or 4
-  columns = tiling.unroll * _pairs(plan) + side
-  scratch["products"] = plgpu.SMEM((channels + 1, columns), f32)
+  columns = tiling.unroll * _pairs(plan)
+  products = (128 // tiling.lanes, columns)
+  scratch["products"] = plgpu.SMEM(products, f32)
   return scratch
 
 
@@ -187,10 +192,7 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
   bias = fw.load_vector(plan, refs, "delta_bias", group, start)
   skip = fw.load_vector(plan, refs, "D", group, start)
   names = [n for n in ("u", "delta", "z", "d_y", "tokens") if n in refs]
-  blocks = [
-    pl.ds(i, plan.block_rows)
-    for i in range(0, plan.tiling.chunk, plan.block_rows)
-  ]
+  blocks, block_rows = fw.blocks_of_rows(plan)
   unroll = plan.tiling.unroll
   pieces = plan.tiling.chunk // unroll
 
@@ -249,7 +251,7 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
     fw.meet()
     return g, d_rates, sums
 
-  shape = (plan.block_rows, plan.tiling.width)
+  shape = (block_rows, plan.tiling.width)
   zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plan.block_layout)
   sums = {k: zero for k in ("D", "delta_bias") if f"sum {k}" in out}
   g = fw.load_states(plan, refs, "d_final", (row,), start)
@@ -274,7 +276,7 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
 def _prepare(plan, softplus_on, bias, slots, blocks, scratch):
   """Everything about a chunk that needs no state, for all threads at once."""
   for block in blocks:
-    shape = (plan.block_rows, plan.tiling.width)
+    shape = (block.size, plan.tiling.width)
     scalars = fw.token_scalars(plan, slots, block, shape)
     valid = scalars["valid"] > 0 if "valid" in scalars else None
     dt, slope, u = fw.step_sizes(plan, softplus_on, bias, slots, block, valid)
@@ -355,11 +357,11 @@ def _step_back(
   base, offsets = k * _pairs(plan), _offsets(plan)
   for key, x in products.items():
     own = pl.ds(base + offsets[key], x.shape[1])
-    to = scratch["products"].at[pl.ds(0, channels), own]
+    to = scratch["products"].at[:, own]
     plgpu.store(to, x, optimized=False)
   if "direct" in plan.flags:
     both = [a * b for a, b in zip(dx, new_out, strict=True)]
-    to = scratch["products"].at[pl.ds(0, channels), base + offsets["direct"]]
+    to = scratch["products"].at[:, base + offsets["direct"]]
     plgpu.store(to, functools.reduce(jnp.add, both), optimized=False)
   g_new = [fw.forget(x, reset, "ones") for x in g_new]
   d_rate, d_rates = [], list(d_rates)
@@ -371,7 +373,8 @@ def _step_back(
     through = now * before[j]
     d_rate.append(jnp.sum(through * rates[j], axis=1))
     d_rates[j] = d_rates[j] + through * fw.spread(dt[j], through.shape, 0)
-  fw.store_rows(plan, scratch["d_dx"], t, d_dx)
+  # Δu of this step has been read for the last time.
+  fw.store_rows(plan, scratch["dx"], t, d_dx)
   fw.store_rows(plan, scratch["d_rate"], t, d_rate)
   if "z" in slots:
     fw.store_rows(plan, scratch["y"], t, y)
@@ -398,13 +401,10 @@ def _add_up(plan, scratch, out, place, t):
   """Sum the products of a piece over channels, a column to a thread."""
   row, tile, _, _ = place
   pairs = _pairs(plan)
-  channels = 128 // plan.tiling.lanes
   columns = plan.tiling.unroll * pairs
   tiles = plgpu.Tiling(((1, 128), (32,), (1,)))
   layout = plgpu.Layout.TILED(tiles, (-3,), (-2,), -1)
-  products = fw.load_wide(
-    scratch["products"].at[pl.ds(0, channels), pl.ds(0, columns)], layout
-  )
+  products = fw.load_wide(scratch["products"], layout)
   to = out["tokens"].at[tile, row, pl.ds(t * pairs, columns)]
   plgpu.store(to, jnp.sum(products, axis=0), optimized=False)
 
@@ -436,12 +436,12 @@ def _load_start(plan, scratch, p):
 def _finish(plan, skip, slots, scratch, out, place, block, at, first, sums):
   """The cotangents of a block of rows, and their sums over time."""
   row, _, _, start = place
-  shape = (plan.block_rows, plan.tiling.width)
+  shape = (block.size, plan.tiling.width)
   load = lambda ref: fw.load_wide(ref.at[block], plan.block_layout)
   scalars = fw.token_scalars(plan, slots, block, shape)
   u, dt, d_dx, d_out = (
     load(x)
-    for x in (slots["u"], scratch["dt"], scratch["d_dx"], scratch["d_out"])
+    for x in (slots["u"], scratch["dt"], scratch["dx"], scratch["d_out"])
   )
   use = scalars["valid"] > 0 if "valid" in scalars else None
   if use is not None:

@@ -11,12 +11,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import backend
 
 from ssmjax.types import Array
 
-__all__ = ["Plan", "Tiling", "default_tiling"]
+__all__ = [
+  "Plan",
+  "Tiling",
+  "before_hopper",
+  "default_tiling",
+  "plan",
+  "vary_like",
+]
 
 _THREADS = 128
 _LOG2E = 1.4426950408889634
@@ -48,15 +56,16 @@ class Tiling:
       raise ValueError(
         f"Tiling: lanes is {self.lanes}, expected 1, 2, 4, 8 or 16."
       )
-    if self.chunk % 8 or self.chunk % self.unroll or self.chunk < 8:
+    for name in ("copies", "chunk", "unroll", "stages"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"Tiling: {name} is {getattr(self, name)}, expected 1 or more."
+        )
+    unit = max(8, 128 // self.width)
+    if self.chunk % unit or self.chunk % self.unroll:
       raise ValueError(
-        f"Tiling: chunk is {self.chunk}, expected a multiple of 8 that"
+        f"Tiling: chunk is {self.chunk}, expected a multiple of {unit} that"
         f" unroll={self.unroll} divides."
-      )
-    if self.copies < 1 or self.stages < 1:
-      raise ValueError(
-        f"Tiling: copies is {self.copies} and stages is {self.stages},"
-        " expected 1 or more."
       )
 
   @property
@@ -147,8 +156,8 @@ class Plan:
     vector = next(v for v in (4, 2, 1) if each % v == 0)
     channels = _THREADS // lanes
     if lanes == 1:
-      tiles = ((channels, vector), (channels // 4, vector))
-      return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-4,), (-2,), -1)
+      rows = plgpu.Tiling(((channels, vector), (channels // 4, vector)))
+      return plgpu.Layout.TILED(rows, (-4,), (-2,), -1)
     whole = lanes * vector
     tiles = ((channels, whole), (channels // 4, whole), (vector,))
     return plgpu.Layout.TILED(plgpu.Tiling(tiles), (-5,), (-3, -2), -1)
@@ -187,23 +196,19 @@ class Plan:
     """Rows of a block layout's smallest array."""
     return 4 * max(1, 32 // self.tiling.width)
 
-  def pad(self, x: Array | None) -> Array | None:
+  def pad(self, x: Array) -> Array:
     """Bring `[R, T, D]` to the padded T and D, where these differ."""
-    if x is None:
-      return None
     more = (self.time - self.length, self.depth - self.channels)
     if more == (0, 0):
       return x
     return jnp.pad(x, ((0, 0), (0, more[0]), (0, more[1])))
 
-  def pad_channels(self, x: Array | None) -> Array | None:
+  def pad_channels(self, x: Array) -> Array:
     """Bring `[G, D]` to the padded D, in float32."""
-    if x is None:
-      return None
     x = x.astype(jnp.float32)
     return jnp.pad(x, ((0, 0), (0, self.depth - self.channels)))
 
-  def tokens(self, rows: dict[str, Array | None]) -> Array:
+  def tokens(self, rows) -> Array:
     """Pack what has no channel axis, padding blanked: `[R, T, columns]`.
 
     One array that is one copy per chunk, aligned whatever N is. B and C are
@@ -296,7 +301,7 @@ def default_tiling(
   return Tiling(
     lanes=lanes,
     chunk=32 if before_hopper() else 16,
-    unroll=2 if backward else 4,
+    unroll=4,
   )
 
 
@@ -327,7 +332,8 @@ def plan(
   count, length, channels = u.shape
   old = before_hopper()
   if length < tiling.chunk and not old:
-    chunk = 8 * max(1, length // 8)
+    unit = max(8, 128 // tiling.width)
+    chunk = unit * max(1, length // unit)
     unroll = max(n for n in range(1, tiling.unroll + 1) if chunk % n == 0)
     tiling = dataclasses.replace(tiling, chunk=chunk, unroll=unroll)
   flags = [name for name in _SCALARS if rows[name] is not None]
@@ -352,8 +358,15 @@ def plan(
   return made
 
 
-def out_type(like: Array, shape, dtype) -> jax.ShapeDtypeStruct:
-  """The type of an output that varies over `like`'s mesh axes."""
-  return jax.ShapeDtypeStruct(
-    shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type
-  )
+def vary_like(like: Array, outputs: list[Array]) -> list[Array]:
+  """Give a kernel's outputs the varying axes under shard_map of `like`.
+
+  A Mosaic GPU kernel is traced without such types and its outputs have none.
+  """
+  axes = jax.typeof(like).manual_axis_type.varying
+
+  def cast(x):
+    missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+  return [cast(x) for x in outputs]

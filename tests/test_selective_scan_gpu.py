@@ -7,87 +7,124 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import TOLERANCE, rms_error
+from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_selective_chunked import make, truth
+from jax.sharding import PartitionSpec as P
+from test_selective_chunked import FLOATS, NAMES, make, pull, truth
 
 from kernels_pallas import selective_scan_gpu as gpu
+from kernels_pallas import selective_scan_gpu_plan as planning
 from kernels_pallas.selective_scan_gpu import Tiling
+from kernels_pallas.selective_scan_gpu_backward import backward
 from ssmjax.ops.selective_fused import fused
 
 pytestmark = pytest.mark.usefixtures("strict")
+LEAST = ("D", "z", "delta_bias", "direct", "initial_state")
 
 
 def scan(tiling=None, *, races=True, interpret=True):
   """The op of the two passes, interpreted; memory starts as NaN."""
   mode = plgpu.InterpretGPUParams(detect_races=races) if interpret else False
   static = dict(tiling=tiling, interpret=mode)
-  return fused(functools.partial(gpu.forward, **static), None)
+  return fused(
+    functools.partial(gpu.forward, **static),
+    functools.partial(backward, **static),
+  )
 
 
-def check_values(args, tiling=None, *, softplus=True, ones=0, races=True):
+def assert_near(name, actual, expected, dtype):
+  error, limit = rms_error(actual, expected), TOLERANCE[jnp.dtype(dtype)]
+  assert error <= limit, f"{name}: error {error:.3g} > {limit:.3g}"
+
+
+def check_values(args, tiling=None, *, softplus=True, ones=0):
   static = dict(delta_softplus=softplus, ones=ones)
-  expected = truth(args, **static)[0]
-  actual = scan(tiling, races=races)(**args, **static)
-  limit = TOLERANCE[args["u"].dtype]
-  assert actual[0].dtype == args["u"].dtype
-  assert actual[1].dtype == jnp.float32
-  for name, a, e, most in zip(
-    ("y", "state"), actual, expected, (limit, 1e-5), strict=True
-  ):
-    error = rms_error(a, e)
-    assert error <= most, f"{name}: error {error:.3g}"
-  return actual
+  expected, _ = truth(args, **static)
+  y, state = scan(tiling)(**args, **static)
+  assert_near("y", y, expected[0], args["u"].dtype)
+  assert_near("state", state, expected[1], jnp.float32)
+
+
+def check(args, tiling=None, *, softplus=True, ones=0, races=True):
+  """Values and every gradient."""
+  static = dict(delta_softplus=softplus, ones=ones)
+  expected, expected_grads = truth(args, **static)
+  (y, state), grads = pull(scan(tiling, races=races), args, **static)
+  dtype = args["u"].dtype
+  assert y.dtype == dtype
+  assert state.dtype == jnp.float32
+  assert_near("y", y, expected[0], dtype)
+  assert_near("state", state, expected[1], jnp.float32)
+  for name, grad in grads.items():
+    assert grad.dtype == args[name].dtype, name
+    assert_near(name, grad, expected_grads[name], dtype)
+  return (y, state), grads
 
 
 @pytest.mark.parametrize(
-  ("shape", "tiling"),
+  ("shape", "tiling", "masks", "ones"),
   [
-    ((1, 64, 128, 4), Tiling(lanes=2)),
-    ((2, 32, 64, 16), Tiling(lanes=4, chunk=32, unroll=4)),
-    ((1, 16, 128, 18), Tiling(lanes=1, chunk=8, unroll=1)),
-    ((1, 19, 128, 17), Tiling(lanes=2, copies=2, unroll=1)),
-    ((1, 9, 16, 40), Tiling(lanes=8)),
-    ((1, 16, 5, 256), None),
-    ((1, 1, 1, 1), None),
+    ((1, 64, 128, 4), None, {}, 0),
+    ((1, 19, 128, 17), Tiling(copies=2, unroll=1), dict(valid=True), 1),
+    ((1, 9, 16, 40), Tiling(lanes=8, unroll=4), dict(restart=True), 0),
+    ((2, 8, 5, 256), None, {}, 0),
+    ((1, 1, 1, 1), None, {}, 0),
+    ((1, 16, 128, 18), Tiling(lanes=1, chunk=8, stages=1), {}, 3),
   ],
 )
-def test_values_equal_the_definition_at_odd_shapes(shape, tiling):
-  check_values(make(*shape), tiling)
+def test_scan_equals_the_definition_at_odd_shapes(shape, tiling, masks, ones):
+  check(make(*shape, ones=ones, **masks), tiling, ones=ones)
 
 
 def test_channels_of_the_last_tile_are_computed():
   # Tiles overlap, and both store the same numbers: a race to the detector.
-  check_values(make(1, 16, 136, 3), Tiling(lanes=2), races=False)
+  check(make(1, 16, 72, 3), Tiling(lanes=2), races=False)
+
+
+def test_scan_without_options_equals_the_definition():
+  args = make(1, 16, 32, 6, without=LEAST)
+  args["delta"] = jnp.abs(args["delta"])
+  check(args, Tiling(lanes=4, unroll=4), softplus=False)
+
+
+def test_padding_that_is_nan_changes_nothing():
+  clean, dirty = (
+    make(1, 21, 64, 3, valid=True, restart=True, nan=nan)
+    for nan in (False, True)
+  )
+  expected = check(clean)
+  static = dict(delta_softplus=True, ones=0)
+  actual = pull(scan(), dirty, **static)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+  (y, _), grads = actual
+  outside = ~np.asarray(clean["valid"])
+  assert not np.asarray(y)[outside].any()
+  for name in ("u", "delta", "B", "C", "z", "direct"):
+    assert not np.asarray(grads[name])[outside].any(), name
+
+
+def test_restarts_at_the_edges_of_chunks_forget_even_infinity():
+  args = make(2, 24, 64, 3, restart=True)
+  edges = jnp.isin(jnp.arange(24), jnp.array([8, 15, 16, 23]))
+  args["restart"] = jnp.broadcast_to(edges[None], (2, 24))
+  tiling = Tiling(chunk=8)
+  check(args, tiling)
+  state = args["initial_state"].at[0].set(jnp.inf)
+  run = functools.partial(scan(tiling), delta_softplus=True, ones=0)
+  out, bad = run(**args), run(**args | dict(initial_state=state))
+  np.testing.assert_array_equal(out[0][:, 8:], bad[0][:, 8:])
+  np.testing.assert_array_equal(out[1], bad[1])
 
 
 @pytest.mark.parametrize(
-  ("without", "softplus", "ones", "masks"),
-  [
-    (("D", "z", "delta_bias", "direct", "initial_state"), False, 0, {}),
-    (("z", "direct"), True, 0, dict(valid=True, nan=True)),
-    (("D", "initial_state"), True, 1, dict(restart=True)),
-    (("delta_bias",), False, 3, dict(valid=True, restart=True, nan=True)),
-  ],
+  ("step", "rate"), [(1e-4, 1.0), (1e-4, 1e4), (10.0, 1e-3), (10.0, 1.0)]
 )
-def test_values_equal_the_definition_in_its_options(
-  without, softplus, ones, masks
-):
-  args = make(2, 21, 64, 6, without=without, ones=ones, **masks)
-  if not softplus:
-    args["delta"] = jnp.abs(args["delta"])
-    if args["delta_bias"] is not None:
-      args["delta_bias"] = jnp.abs(args["delta_bias"])
-  check_values(args, softplus=softplus, ones=ones)
-
-
-@pytest.mark.parametrize("step", [1e-4, 1e-2, 10.0])
-@pytest.mark.parametrize("rate", [1e-3, 1.0, 100.0])
-def test_values_hold_from_weak_to_strong_decay(step, rate):
-  args = make(1, 32, 64, 3, without=("delta_bias",))
-  before_softplus = np.log(np.expm1(step))
+def test_scan_holds_from_weak_to_strong_decay(step, rate):
+  args = make(1, 32, 64, 2, without=("delta_bias", "direct"))
+  before_softplus = np.log(np.expm1(step)).astype(np.float32)
   args["delta"] = before_softplus + 0.1 * args["delta"]
-  args["A"] = args["A"] * rate
-  check_values(args)
+  args["A"] = args["A"] * np.float32(rate)
+  check(args)
 
 
 def test_softplus_keeps_relative_precision():
@@ -102,21 +139,12 @@ def test_softplus_keeps_relative_precision():
   np.testing.assert_allclose(value[usual], expected[usual], rtol=1.5e-6)
 
 
-def test_restart_forgets_even_an_infinite_state():
-  args = make(2, 20, 64, 3, restart=True)
-  args["restart"] = args["restart"].at[:, 16].set(True)
-  state = args["initial_state"].at[0].set(jnp.inf)
-  run = functools.partial(scan(), delta_softplus=True, ones=0)
-  out, bad = run(**args), run(**args | dict(initial_state=state))
-  np.testing.assert_array_equal(out[0][:, 16:], bad[0][:, 16:])
-  np.testing.assert_array_equal(out[1], bad[1])
-
-
 def test_bfloat16_may_be_mixed_with_float32():
   args = make(1, 24, 64, 5, dtype=jnp.bfloat16)
-  check_values(args)
-  args = args | dict(u=args["u"].astype(jnp.float32))
-  args = args | dict(C=args["C"].astype(jnp.float32))
+  check(args)
+  args = args | dict(
+    u=args["u"].astype(jnp.float32), C=args["C"].astype(jnp.float32)
+  )
   check_values(args)
 
 
@@ -129,3 +157,86 @@ def test_groups_of_rows_have_their_own_rates():
     expected = run(**args)
     np.testing.assert_array_equal(y[i], expected[0])
     np.testing.assert_array_equal(state[i], expected[1])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("states", [1, 2, 7, 16, 17, 18, 32, 100])
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("length", [7, 33, 64])
+def test_scan_equals_the_definition_in_every_tiling(states, lanes, length):
+  masks = dict(valid=bool(states % 2), restart=lanes % 4 == 1)
+  ones = states // 3
+  args = make(1, length, 128, states, ones=ones, **masks)
+  check(args, Tiling(lanes=lanes, copies=1 + (lanes > 4)), ones=ones)
+
+
+@pytest.mark.parametrize(
+  "tiling",
+  [
+    lambda: Tiling(lanes=3),
+    lambda: Tiling(chunk=12),
+    lambda: Tiling(chunk=16, unroll=3),
+    lambda: Tiling(stages=0),
+  ],
+)
+def test_tilings_that_cannot_be_are_refused(tiling):
+  with pytest.raises(ValueError, match="Tiling"):
+    tiling()
+
+
+def test_chips_before_hopper_take_whole_copy_tiles(monkeypatch):
+  monkeypatch.setattr(planning, "before_hopper", lambda: True)
+  args = make(1, 41, 20, 5, dtype=jnp.bfloat16)
+  shared = dict(A=jnp.swapaxes(args["A"], 0, 1)[None])
+  rows = {k: args[k] for k in ("u", "delta", "z", "direct", "valid", "restart")}
+  tiling = planning.default_tiling(20, 5)
+  plan = planning.plan(rows, shared, 0, tiling)
+  assert plan.tiling.chunk % 32 == 0
+  assert plan.time % 8 == 0
+  assert plan.depth % 16 == 0
+  assert "valid" in plan.flags
+
+
+def loss(floats, rest, **static):
+  form = scan(interpret=False)
+  y, state = form(**floats, **rest, delta_softplus=True, ones=0, **static)
+  return (y * y).sum() + (state * state).sum()
+
+
+def arguments(batch, length=32):
+  args = make(batch, length, 64, 4, without=("D", "z", "direct"))
+  floats = {k: args[k] for k in FLOATS if args[k] is not None}
+  return floats, {k: args[k] for k in NAMES if k not in floats}
+
+
+def test_lowering_for_cuda_names_both_kernels():
+  gradient = jax.jit(jax.grad(loss))
+  text = gradient.trace(*arguments(1)).lower(lowering_platforms=("cuda",))
+  for name in ("forward", "backward"):
+    assert f"selective_scan_gpu_{name}" in text.as_text()
+
+
+def test_lowering_inside_shard_map_sums_the_shared_gradients():
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=auto)
+  floats, rest = arguments(8)
+  shared = ("A", "D", "delta_bias")
+  spec = {k: P() if k in shared else P("data") for k in floats}
+  gradient = jax.shard_map(
+    lambda floats: jax.grad(loss)(floats, rest),
+    mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=True,
+  )  # fmt: skip
+  lowered = jax.jit(gradient).trace(floats).lower(lowering_platforms=("cuda",))
+  text = lowered.as_text()
+  assert "selective_scan_gpu_backward" in text
+  assert "all_reduce" in text
+
+
+def test_export_for_cuda_holds_the_kernel():
+  form = functools.partial(scan(interpret=False), delta_softplus=True, ones=0)
+  floats, rest = arguments(1)
+  run = jax.jit(lambda floats: form(**floats, **rest))
+  allowed = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+  exported = export.export(run, platforms=["cuda"], disabled_checks=allowed)
+  module = exported(floats).mlir_module()
+  assert "selective_scan_gpu_forward" in module
