@@ -33,6 +33,10 @@ from kernels_pallas.selective_scan_tpu import (
 
 __all__ = ["backward"]
 
+# Adjoint steps in one trip of the loop. At eight the scheduler starts so much
+# at once that a third of the registers' traffic is spills.
+STEPS = 4
+
 
 def backward(
   rows,
@@ -140,7 +144,10 @@ def _backward_kernel(tiles, refs):
 
     def reverse(i, carry):
       g = last - i
-      carry = _adjoint_group(tiles, refs, k, g, carry, first)
+      step = lambda s, carry: _adjoint_steps(
+        tiles, refs, k, g, GROUP - STEPS - s * STEPS, carry, first
+      )
+      carry = lax.fori_loop(0, GROUP // STEPS, step, carry)
       if single:
         _finish_group(tiles, refs, jnp.minimum(g + 1, last), i > 0)
       return carry
@@ -208,7 +215,7 @@ def _scan_group(tiles, refs, k, g, carry, first):
       after = before if decay is None else decay * before
       new.append(after + dtu * tiles.number(refs["b"], g, n, j))
       terms.append(dy * new[n])
-    d_c = _sum_channels(tiles, refs, g, j, terms, d_c)
+    d_c = _sum_channels(tiles, refs, g, j, terms, d_c, j)
     if "z" in refs:
       y = functools.reduce(
         jnp.add,
@@ -219,11 +226,12 @@ def _scan_group(tiles, refs, k, g, carry, first):
   return h, d_c
 
 
-def _adjoint_group(tiles, refs, k, g, carry, first):
-  """Eight tokens back."""
+def _adjoint_steps(tiles, refs, k, g, start, carry, first):
+  """`STEPS` tokens back, to the one at `start` in the group."""
   q, d_b = carry
   d_a = [None] * tiles.block
-  for j in reversed(range(GROUP)):
+  for step in reversed(range(STEPS)):
+    j = start + step
     dt, dtu, dy = (
       tiles.channels_of(refs[name], g, j) for name in ("dt", "dtu", "dy_rows")
     )
@@ -240,7 +248,7 @@ def _adjoint_group(tiles, refs, k, g, carry, first):
         rates.append(p * refs["A"][0, k * tiles.block + n, 0])
         d_a[n] = p * dt if d_a[n] is None else d_a[n] + p * dt
       new.append(back)
-    d_b = _sum_channels(tiles, refs, g, j, terms, d_b)
+    d_b = _sum_channels(tiles, refs, g, j, terms, d_b, step)
     total = lambda x: functools.reduce(jnp.add, x)
     _accumulate(tiles, refs["d_dtu_rows"], g, j, total(writes), first)
     if rates:
@@ -261,14 +269,17 @@ def _accumulate(tiles, ref, g, j, x, first):
   tiles.put_channels(ref, g, j, x)
 
 
-def _sum_channels(tiles, refs, g, j, terms, sums):
-  """Put the sums over channels of one term for each n at token j of `sums`."""
+def _sum_channels(tiles, refs, g, j, terms, sums, slot):
+  """Put the sums over channels of one term for each n at token j of `sums`.
+
+  Steps that the scheduler may interleave have their own `slot` of scratch.
+  """
   parts, sublanes = refs["parts"], tiles.sublanes
   for n, term in enumerate(terms):
-    parts[j, pl.ds(n * sublanes, sublanes), :] = term
+    parts[slot, pl.ds(n * sublanes, sublanes), :] = term
   rows = functools.reduce(
     jnp.add,
-    [parts[j, pl.ds(c, tiles.block, sublanes), :] for c in range(sublanes)],
+    [parts[slot, pl.ds(c, tiles.block, sublanes), :] for c in range(sublanes)],
   )
   total = rows.sum(1, keepdims=True)
   token = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
