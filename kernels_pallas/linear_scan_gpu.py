@@ -183,7 +183,12 @@ def _call(kernel, name, plan, codes, arrays, outputs, *, flops, interpret):
     grid_names=("block",),
     # The one hazard that automatic barriers guard against is met by a
     # barrier at the end of each tile.
-    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    # Lanes: every layout is said below, and the search for them that the
+    # default makes takes minutes in a loop that is written out.
+    compiler_params=plgpu.CompilerParams(
+      unsafe_no_auto_barriers=True,
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
+    ),
     cost_estimate=linear_scan_cost(
       *arrays,
       results=sum(x.size * x.dtype.itemsize for x in shapes),
@@ -452,10 +457,6 @@ def _meet():
 
 
 def _row(x):
-  """A row of channels, in the layout in which rows are read and written.
-
-  Said and not left to be found: the search for layouts of a written-out loop
-  takes time that grows with the square of what it has to find.
-  """
+  """A row of channels, in the layout in which rows are read and written."""
   layout = plgpu.Layout.WG_STRIDED(x.shape, vec_size=x.size // _THREADS)
   return plgpu.layout_cast(x, layout)
