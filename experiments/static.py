@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,6 +25,7 @@ from experiments.static_worker import COMPILERS
 
 __all__ = [
   "TABLE",
+  "case_of",
   "compilers",
   "measure",
   "print_table",
@@ -158,6 +160,12 @@ def regressions(
   return worse, better
 
 
+def case_of(row: dict[str, Any]) -> Case:
+  """The case that a row is of."""
+  fields = {field.name: row[field.name] for field in dataclasses.fields(Case)}
+  return Case(**fields | {"shape": tuple(row["shape"])})
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
   """Print the figures to be read by a person, a line for each kernel."""
   for platform, title, describe in (
@@ -234,26 +242,26 @@ def _measure(cases, report):
   todo = list(cases)
   while todo:
     with tempfile.TemporaryDirectory() as folder:
-      answers, said = _work(todo, pathlib.Path(folder))
+      answers, said = _work(todo, pathlib.Path(folder), report)
     if len(answers) < len(todo):
-      answers.append({"error": f"the compiler's process ended: {_last(said)}"})
+      error = f"the compiler's process ended: {_last(said)}"
+      report(f"{todo[len(answers)]}: {error}")
+      answers.append({"error": error})
     for case, answer in zip(todo, answers, strict=False):
       head = dataclasses.asdict(case) | {"shape": list(case.shape)}
       found = answer.pop("kernels", None)
       rows += [head | row for row in _numbered(found or [answer])]
-      report(f"{case}: {'compiled' if found else next(iter(answer.values()))}")
     todo = todo[len(answers) :]
   return rows
 
 
-def _work(cases, folder):
+def _work(cases, folder, report):
   """Answers of one worker, fewer than cases if it dies, and its errors."""
   compiler = COMPILERS[cases[0].platform]
   drop = {"XLA_FLAGS", "LIBTPU_INIT_ARGS", "PYTHONPATH", "PYTHONSAFEPATH"}
   env = {k: v for k, v in os.environ.items() if k not in drop}
   env |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
   env |= compiler.environment(folder)
-  lines = [json.dumps(dataclasses.asdict(case)) + "\n" for case in cases]
   answers: list[dict[str, Any]] = []
   with tempfile.TemporaryFile("w+") as said:
     worker = subprocess.Popen(
@@ -267,9 +275,10 @@ def _work(cases, folder):
     )
     assert worker.stdin
     try:
-      for line in lines:
+      for case in cases:
+        start = time.perf_counter()
         try:
-          worker.stdin.write(line)
+          worker.stdin.write(json.dumps(dataclasses.asdict(case)) + "\n")
           worker.stdin.flush()
         except BrokenPipeError:
           break
@@ -277,6 +286,9 @@ def _work(cases, folder):
         if answer is None:
           break
         answers.append(answer)
+        took = f"{time.perf_counter() - start:.1f} s"
+        what = answer.get("error") or answer.get("refused") or "compiled"
+        report(f"{case}: {what} ({took})")
     finally:
       worker.kill()
       worker.communicate()
@@ -300,8 +312,10 @@ def _answer(worker):
 def _last(said):
   """The line of a dying compiler that says why."""
   lines = said.strip().splitlines() or ["it has said nothing"]
-  telling = re.compile(r"Check failed|F\d{4} |ERROR|Error|INTERNAL|Killed")
-  return next(filter(telling.search, reversed(lines)), lines[-1])
+  telling = re.compile(r"Check failed|^F\d{4} |ERROR|Error:|INTERNAL")
+  noise = "stack trace ***"
+  found = [line for line in lines if telling.search(line)]
+  return next((line for line in found if noise not in line), lines[-1])
 
 
 def _numbered(rows):
@@ -324,8 +338,7 @@ def _figure(row, name):
 
 
 def _case(row):
-  fields = {field.name: row[field.name] for field in dataclasses.fields(Case)}
-  return str(Case(**fields | {"shape": tuple(row["shape"])}))
+  return str(case_of(row))
 
 
 def _key(row):

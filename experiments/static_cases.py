@@ -103,15 +103,18 @@ def quick_cases() -> list[Case]:
 
 
 def build(
-  case: Case, devices: Sequence[jax.Device]
+  case: Case,
+  devices: Sequence[jax.Device],
+  implementation: str | None = "pallas",
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
   """Give a function to compile, and its arguments without their values.
 
   Args:
     case: the program.
     devices: all that it runs on; the batch is divided over them.
+    implementation: of the op.
   """
-  forward, arguments = _OPS[case.op](case)
+  forward, arguments = _OPS[case.op](case, implementation)
   mesh = jax.sharding.Mesh(
     list(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
   )
@@ -140,7 +143,7 @@ def build(
   return function, jax.tree.map(place, args, specs)
 
 
-def _selective_scan(case):
+def _selective_scan(case, implementation):
   batch, length, channels, states = case.shape
   dtype = jnp.dtype(case.dtype)
   wide = jax.ShapeDtypeStruct((batch, length, channels), dtype)
@@ -155,17 +158,19 @@ def _selective_scan(case):
 
   def forward(args):
     return ssmjax.ops.selective_scan(
-      **args, delta_softplus=case.form == "mamba", implementation="pallas"
+      **args,
+      delta_softplus=case.form == "mamba",
+      implementation=implementation,
     )[0]
 
   return forward, arguments
 
 
-def _linear_scan(case):
+def _linear_scan(case, implementation):
   both = jax.ShapeDtypeStruct(case.shape, jnp.dtype(case.dtype))
 
   def forward(args):
-    return ssmjax.ops.linear_scan(**args, implementation="pallas")[0]
+    return ssmjax.ops.linear_scan(**args, implementation=implementation)[0]
 
   return forward, dict(a=both, b=both)
 

@@ -7,14 +7,23 @@ each trip through the innermost ones.
 """
 
 import collections
+import contextlib
 import importlib.metadata
 import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["compiler", "devices", "environment", "figures", "missing"]
+__all__ = [
+  "compiler",
+  "devices",
+  "dumping",
+  "environment",
+  "figures",
+  "missing",
+]
 
 # A loop with less arithmetic than this counts, waits or copies.
 _LEAST_ARITHMETIC = 4
@@ -40,13 +49,16 @@ def missing() -> str | None:
 
 def environment(folder: pathlib.Path) -> dict[str, str]:
   """What a process must have in its environment to compile and to tell."""
+  del folder
   return {
     "PYTHONPATH": str(_folder()),
     "CUDA_ROOT": str(_folder() / "nvidia" / "cu13"),
     # There is no cuDNN to be found, and none is needed to compile.
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "MOSAIC_GPU_DUMP_TO": str(folder),
+    # These are printed. A folder to dump to would mean every pass's output as
+    # well, which takes ten times as long as compiling.
     "MOSAIC_GPU_DUMP_PTXAS": "1",
+    "MOSAIC_GPU_DUMP_RESOURCES": "1",
     "MOSAIC_GPU_DUMP_SASS_CTRL": "1",
   }
 
@@ -80,6 +92,27 @@ def devices(chip: str, topology: str) -> Any:
   return found.devices
 
 
+@contextlib.contextmanager
+def dumping(folder: pathlib.Path) -> Iterator[None]:
+  """Keep what Mosaic GPU tells while lowering, under its own name.
+
+  Printed, a kernel's resources would not say whose they are.
+  """
+  from jax.experimental.mosaic.gpu import utils
+
+  original = utils.dump_to_file_or_stdout
+
+  def dump(text, name, path):
+    del path
+    (folder / name).write_text(text)
+
+  utils.dump_to_file_or_stdout = dump
+  try:
+    yield
+  finally:
+    utils.dump_to_file_or_stdout = original
+
+
 def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
   """Read what the compiler wrote about each kernel of one program.
 
@@ -98,20 +131,24 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
     RuntimeError: where a dump is missing or cannot be read.
   """
   calls = text.count('custom_call_target="mosaic_gpu')
-  reports = sorted(folder.glob("*.ptxas"))
-  if not calls or not reports:
+  printed = _text(folder / "printed.txt")
+  # Of each kernel there is ptxas's report, then the code.
+  parts = re.split(r"^ptxas info +: +\d+ bytes gmem.*$", printed, flags=re.M)
+  if not calls or len(parts) < 2:
     raise RuntimeError(
       f"static: {calls} Mosaic GPU kernels in the program and"
-      f" {len(reports)} reports of ptxas, expected some of both."
+      f" {len(parts) - 1} reports of ptxas, expected some of both."
     )
   rows = []
-  for path in reports:
+  for part in parts[1:]:
+    report, _, sass = part.partition("\n\t.target")
+    name = _entry(report)
     rows.append(
       {
-        "kernel": re.sub(r"_\d+$", "", path.stem),
-        **_ptxas(path),
-        "shared_bytes": _shared(path.with_suffix(".resources.txt")),
-        **_sass(path.with_suffix(".sass_ctrl")),
+        "kernel": name,
+        **_ptxas(report),
+        "shared_bytes": _shared(folder, name),
+        **_sass(sass),
       }
     )
   return rows
@@ -122,16 +159,26 @@ def _folder() -> pathlib.Path:
   return pathlib.Path(sys.prefix, "gpu-aot")
 
 
-def _ptxas(path):
-  report = path.read_text()
+def _entry(report):
+  """The kernel's name: that of its function, without Mosaic's ending."""
+  found = re.findall(r"Compiling entry function '(\w+)' for", report)
+  if len(found) != 1:
+    raise RuntimeError(
+      "static: expected 'Compiling entry function' once in ptxas's report,"
+      f" found {report[:500]!r}."
+    )
+  return found[0].removesuffix("_mosaic_gpu_kernel")
+
+
+def _ptxas(report):
   registers = re.findall(r"Used (\d+) registers", report)
   spills = re.findall(
     r"(\d+) bytes spill stores, (\d+) bytes spill loads", report
   )
   if len(registers) != 1 or len(spills) != 1:
     raise RuntimeError(
-      f"static: expected 'Used n registers' and 'n bytes spill stores, n bytes"
-      f" spill loads' once each in {path.name}, found {report!r}."
+      "static: expected 'Used n registers' and 'n bytes spill stores, n bytes"
+      f" spill loads' once each in ptxas's report, found {report[:500]!r}."
     )
   return {
     "registers": int(registers[0]),
@@ -139,19 +186,27 @@ def _ptxas(path):
   }
 
 
-def _shared(path):
-  found = re.search(r"smem_scratch_bytes=(\d+)", _text(path))
-  if not found:
-    raise RuntimeError(f"static: no 'smem_scratch_bytes=' in {path.name}.")
-  return int(found[1])
+def _shared(folder, name):
+  """Bytes of shared memory, the most if several kernels have the name."""
+  found = [
+    re.search(r"smem_scratch_bytes=(\d+)", _text(path))
+    for path in folder.glob(f"{name}_*.resources.txt")
+    if re.fullmatch(rf"{name}_\d+\.resources\.txt", path.name)
+  ]
+  if not found or None in found:
+    raise RuntimeError(
+      f"static: no 'smem_scratch_bytes=' in {name}_<number>.resources.txt."
+    )
+  return max(int(match[1]) for match in found if match)
 
 
-def _sass(path):
+def _sass(text):
   """Size of the code and its loops."""
-  labels, code = _parse(_text(path))
+  labels, code = _parse(text)
   if not code:
     raise RuntimeError(
-      f"static: no line '-:-:-:Y:01 /*0000*/ OPCODE' in {path.name}."
+      "static: no line '-:-:-:Y:01 /*0000*/ OPCODE' in the disassembled code,"
+      f" found {text[:200]!r}."
     )
   loops = []
   for body in _innermost(_natural_loops(labels, code), code):

@@ -6,7 +6,9 @@ as JSON lines on the standard input; each is answered by one JSON line.
 """
 
 import contextlib
+import ctypes
 import json
+import os
 import pathlib
 import sys
 import traceback
@@ -24,6 +26,9 @@ COMPILERS = {"tpu": static_tpu, "cuda": static_gpu}
 def main() -> None:
   """Answer every line of the standard input; the argument is the dumps."""
   folder = pathlib.Path(sys.argv[1])
+  # Compilers print: what comes on the standard output of this process while
+  # they work is kept in a file among the dumps, and answers go out apart.
+  answers = os.fdopen(os.dup(1), "w")
   for line in sys.stdin:
     words = json.loads(line)
     case = Case(**words | {"shape": tuple(words["shape"])})
@@ -34,7 +39,7 @@ def main() -> None:
     except Exception as error:
       traceback.print_exc()
       answer = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps({"answer": answer}), flush=True)
+    print(json.dumps({"answer": answer}), file=answers, flush=True)
 
 
 def _figures(case, folder):
@@ -46,11 +51,28 @@ def _figures(case, folder):
     devices = devices[:1]
   function, args = build(case, devices)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(_printing_to(folder / "printed.txt"))
+    stack.enter_context(compiler.dumping(folder))
     if case.platform == "cuda":
       # Mosaic GPU takes the architecture from the default device.
       stack.enter_context(jax.default_device(devices[0]))
     compiled = jax.jit(function).lower(*args).compile()
   return compiler.figures(folder, compiled.as_text())
+
+
+@contextlib.contextmanager
+def _printing_to(path):
+  """Everything printed goes to a file, also what other languages print."""
+  before = os.dup(1)
+  with open(path, "wb") as file:
+    os.dup2(file.fileno(), 1)
+  try:
+    yield
+  finally:
+    sys.stdout.flush()
+    ctypes.CDLL(None).fflush(None)
+    os.dup2(before, 1)
+    os.close(before)
 
 
 def _empty(folder):
