@@ -138,14 +138,13 @@ def influence_factors(
     ValueError: as in `recency`.
   """
   _check_input(function, x, window)
-  r = layer(x)
+  r, d_a, d_drive = _token_derivatives(function, layer, x, window)
   a, dt, b, h0 = canonical(function, r)
   h = states(r)
   p, q, real = _readout_gradient(r, h)
   channels = b.shape[2:]
   flat = lambda v: v.reshape(*v.shape[:2], -1)
   before = jnp.concatenate([h0[:, None], h[:, :-1]], 1)
-  d_a, d_drive = _token_derivatives(function, layer, x, window)
   later = jnp.minimum(
     jnp.arange(x.shape[1])[None] + jnp.arange(window)[:, None], x.shape[1] - 1
   )
@@ -254,35 +253,36 @@ def _complex(v):
 
 
 def _token_derivatives(function, layer, x, window):
-  """∂Aⱼ/∂xₛ and ∂(Δⱼbⱼ)/∂xₛ at [j - s, s], `[B, W, T, N, M]`.
+  """The recurrence; ∂Aⱼ/∂xₛ, ∂(Δⱼbⱼ)/∂xₛ at [j - s, s], `[B, W, T, N, M]`.
 
   Times j that are W apart share a derivative: no s is in the windows of both.
   """
   length = x.shape[1]
 
   def parts(x):
-    a, dt, b, _ = canonical(function, layer(x))
+    r = layer(x)
+    a, dt, b, _ = canonical(function, r)
     dtype = state_dtype(dt, b)
     flat = lambda v: v.reshape(*v.shape[:2], -1)
     a, drive = flat(a), flat(dt.astype(dtype) * b.astype(dtype))
-    return _real_parts(a), _real_parts(drive)
+    return (_real_parts(a), _real_parts(drive)), r
 
   # Reverse mode, a channel at a time: fused layers know no other.
-  values, pull = jax.vjp(parts, x)
+  values, pull, r = jax.vjp(parts, x, has_aux=True)
   leaves, tree = jax.tree.flatten(values)
+  offsets = jnp.arange(length)[None] % window == jnp.arange(window)[:, None]
 
   def derivative(channel):
-    moved = []
-    for k in range(len(leaves)):
-      for offset in range(window):
-        here = (jnp.arange(length) % window == offset)[:, None]
-        here = here & (jnp.arange(leaves[k].shape[2]) == channel)[None]
-        seeds = [jnp.zeros_like(v) for v in leaves]
-        seeds[k] = jnp.broadcast_to(here[None], seeds[k].shape).astype(
-          seeds[k].dtype
-        )
-        moved.append(pull(tree.unflatten(seeds))[0])
-    return jnp.stack(moved)
+    seeds = []
+    for k, v in enumerate(leaves):
+      here = jnp.arange(v.shape[2]) == channel
+      here = (offsets[:, None, :, None] & here[None, None, None]).astype(
+        v.dtype
+      )
+      here = jnp.broadcast_to(here, (window, *v.shape))
+      before, after = k * window, (len(leaves) - 1 - k) * window
+      seeds.append(jnp.pad(here, ((before, after), *((0, 0),) * v.ndim)))
+    return jax.vmap(lambda *seeds: pull(tree.unflatten(seeds))[0])(*seeds)
 
   moved = jax.lax.map(derivative, jnp.arange(leaves[0].shape[2]))
   moved = moved.reshape(moved.shape[0], len(leaves), window, *x.shape)
@@ -298,7 +298,8 @@ def _token_derivatives(function, layer, x, window):
     return jnp.where(exists, v, jnp.zeros_like(v))
 
   each = tree.unflatten([gather(moved[:, k]) for k in range(len(leaves))])
-  return tuple(jax.lax.complex(*v) if len(v) == 2 else v[0] for v in each)
+  whole = lambda v: jax.lax.complex(*v) if len(v) == 2 else v[0]
+  return r, *map(whole, each)
 
 
 def _real_parts(*values):
