@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import selective_scan_gpu as fw
+from kernels_pallas import selective_scan_gpu_block as on
 from kernels_pallas import selective_scan_gpu_plan as planning
 from kernels_pallas.costs import selective_scan_cost
 from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling, default_tiling
@@ -64,10 +64,10 @@ def backward(
   assert B is not None
   if tiling is None:
     tiling = default_tiling(
-      u.shape[2], B.shape[2], rows=u.shape[0], backward=True
+      B.shape[2], itemsize=u.dtype.itemsize, backward=True
     )
   plan = planning.plan(rows, shared, ones, tiling)
-  inputs = fw.kernel_inputs(plan, rows, shared)
+  inputs = on.kernel_inputs(plan, rows, shared)
   states, d_final = rows["states"], rows["d_final"]
   assert states is not None
   assert d_final is not None
@@ -88,7 +88,7 @@ def backward(
   shapes["rates"] = (rates, f32)
   pairs = _pairs(plan)
   shapes["tokens"] = ((plan.tiles, plan.rows, plan.time * pairs), f32)
-  sums = (plan.rows, fw.blocks_of_rows(plan)[1], plan.depth)
+  sums = (plan.rows, on.blocks_of_rows(plan)[1], plan.depth)
   for name in ("D", "delta_bias"):
     if shared[name] is not None:
       shapes[f"sum {name}"] = (sums, f32)
@@ -186,13 +186,13 @@ def _gradients(plan: Plan, rows, named):
 def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
   out = dict(zip(outputs, refs[len(inputs) :], strict=True))
   refs = dict(zip(inputs, refs[: len(inputs)], strict=True))
-  place = fw.block_place(plan)
+  place = on.block_place(plan)
   row, _, group, start = place
-  rates = fw.load_rates(plan, refs, group, start)
-  bias = fw.load_vector(plan, refs, "delta_bias", group, start)
-  skip = fw.load_vector(plan, refs, "D", group, start)
+  rates = on.load_rates(plan, refs, group, start)
+  bias = on.load_vector(plan, refs, "delta_bias", group, start)
+  skip = on.load_vector(plan, refs, "D", group, start)
   names = [n for n in ("u", "delta", "z", "d_y", "tokens") if n in refs]
-  blocks, block_rows = fw.blocks_of_rows(plan)
+  blocks, block_rows = on.blocks_of_rows(plan)
   unroll = plan.tiling.unroll
   pieces = plan.tiling.chunk // unroll
 
@@ -200,13 +200,13 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
     chunk = plan.chunks - 1 - index[0]
     *slots, (g, d_rates, sums) = slots_and_carry
     slots = dict(zip(names, slots, strict=True))
-    first = fw.chunk_first(plan, chunk)
+    first = on.chunk_first(plan, chunk)
     _prepare(plan, softplus_on, bias, slots, blocks, scratch)
     if plan.ragged:
-      fw.meet()
+      on.meet()
       own = (scratch[k] for k in ("dt", "dx", "d_out"))
-      fw.blank_before(plan, first, *own)
-    fw.meet()
+      on.blank_before(plan, first, *own)
+    on.meet()
     state = lambda h, k, p: _state_step(plan, slots, scratch, rates, first, h,
                                         p * unroll + k)  # fmt: skip
 
@@ -216,7 +216,7 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
         h = state(h, k, p)[0]
       return h
 
-    h = fw.load_states(plan, refs, "states", (row, chunk), start)
+    h = on.load_states(plan, refs, "states", (row, chunk), start)
     h = lax.fori_loop(jnp.int32(0), jnp.int32(pieces - 1), leave, h)
     _store_start(plan, scratch, jnp.int32(pieces - 1), h)
     at = jnp.minimum(
@@ -236,9 +236,9 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
           plan, slots, scratch, rates, place, g, d_rates, steps[k], k,
           p * unroll + k,
         )  # fmt: skip
-      fw.meet()
+      on.meet()
       _add_up(plan, scratch, out, place, at + p * unroll)
-      fw.meet()
+      on.meet()
       return g, d_rates
 
     carry = (g, d_rates)
@@ -248,22 +248,22 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
         plan, skip, slots, scratch, out, place, block, at, first, sums
       )
     # Nobody may still read what the next copies overwrite.
-    fw.meet()
+    on.meet()
     return g, d_rates, sums
 
   shape = (block_rows, plan.tiling.width)
   zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plan.block_layout)
   sums = {k: zero for k in ("D", "delta_bias") if f"sum {k}" in out}
-  g = fw.load_states(plan, refs, "d_final", (row,), start)
-  d_rates = [h["learned"] for h in fw.zero_states(plan)]
+  g = on.load_states(plan, refs, "d_final", (row,), start)
+  d_rates = [h["learned"] for h in on.zero_states(plan)]
   g, d_rates, sums = plgpu.emit_pipeline(
     chunk,
     grid=(plan.chunks,),
-    in_specs=fw.chunk_specs(plan, names, lambda i: plan.chunks - 1 - i),
+    in_specs=on.chunk_specs(plan, names, lambda i: plan.chunks - 1 - i),
     max_concurrent_steps=plan.tiling.stages,
     init_carry=(g, d_rates, sums),
-  )(*fw.chunk_refs(plan, refs, names, row, start))
-  fw.store_states(plan, out, "initial", (row,), start, g)
+  )(*on.chunk_refs(plan, refs, names, row, start))
+  on.store_states(plan, out, "initial", (row,), start, g)
   channels = 128 // plan.tiling.lanes
   for j, x in enumerate(d_rates):
     to = out["rates"].at[row, pl.ds(start + j * channels, channels)]
@@ -277,13 +277,13 @@ def _prepare(plan, softplus_on, bias, slots, blocks, scratch):
   """Everything about a chunk that needs no state, for all threads at once."""
   for block in blocks:
     shape = (block.size, plan.tiling.width)
-    scalars = fw.token_scalars(plan, slots, block, shape)
+    scalars = on.token_scalars(plan, slots, block, shape)
     valid = scalars["valid"] > 0 if "valid" in scalars else None
-    dt, slope, u = fw.step_sizes(plan, softplus_on, bias, slots, block, valid)
-    d_out = fw.load_wide(slots["d_y"].at[block], plan.block_layout)
+    dt, slope, u = on.step_sizes(plan, softplus_on, bias, slots, block, valid)
+    d_out = on.load_wide(slots["d_y"].at[block], plan.block_layout)
     if "z" in slots:
-      z = fw.load_wide(slots["z"].at[block], plan.block_layout)
-      d_out = d_out * (z * fw.sigmoid(z))
+      z = on.load_wide(slots["z"].at[block], plan.block_layout)
+      d_out = d_out * (z * on.sigmoid(z))
     if valid is not None:
       d_out = jnp.where(valid, d_out, jnp.zeros_like(d_out))
     named = dict(dt=dt, dx=dt * u, d_out=d_out)
@@ -296,18 +296,18 @@ def _prepare(plan, softplus_on, bias, slots, blocks, scratch):
 def _state_step(plan, slots, scratch, rates, first, h, t):
   """The states after step t, those before it that count, and the decays."""
   channels = 128 // plan.tiling.lanes
-  reset = fw.reset_at(plan, slots, t, first)
-  dt, dx = (fw.copy_rows(plan, scratch[k], t) for k in ("dt", "dx"))
-  maps = {name: fw.token_map(plan, slots, t, "B", name) for name in plan.parts}
+  reset = on.reset_at(plan, slots, t, first)
+  dt, dx = (on.copy_rows(plan, scratch[k], t) for k in ("dt", "dx"))
+  maps = {name: on.token_map(plan, slots, t, "B", name) for name in plan.parts}
   after, before, decays = [], [], []
   for j in range(plan.tiling.copies):
-    old = fw.forget(h[j], reset)
+    old = on.forget(h[j], reset)
     shape = (channels, plan.parts["learned"])
-    decay = jnp.exp2(fw.spread(dt[j], shape, 0) * rates[j])
+    decay = jnp.exp2(on.spread(dt[j], shape, 0) * rates[j])
     new = {}
     for name, size in plan.parts.items():
       shape = (channels, size)
-      write = fw.spread(dx[j], shape, 0) * fw.spread(maps[name], shape, 1)
+      write = on.spread(dx[j], shape, 0) * on.spread(maps[name], shape, 1)
       new[name] = write + (
         decay * old[name] if name == "learned" else old[name]
       )
@@ -324,13 +324,13 @@ def _step_back(
   after, before, decays, reset = step
   channels = 128 // plan.tiling.lanes
   dt, dx, d_out = (
-    fw.copy_rows(plan, scratch[name], t) for name in ("dt", "dx", "d_out")
+    on.copy_rows(plan, scratch[name], t) for name in ("dt", "dx", "d_out")
   )
   new = _new_channels(plan, place)
   new_dx = [x * n for x, n in zip(dx, new, strict=True)] if new else dx
   new_out = [x * n for x, n in zip(d_out, new, strict=True)] if new else d_out
   maps = {
-    (array, name): fw.token_map(plan, slots, t, array, name)
+    (array, name): on.token_map(plan, slots, t, array, name)
     for name in plan.parts
     for array in ("B", "C")
   }
@@ -341,8 +341,8 @@ def _step_back(
   for j in range(plan.tiling.copies):
     for name, size in plan.parts.items():
       shape = (channels, size)
-      down = lambda x, shape=shape: fw.spread(x, shape, 0)
-      B, C = (fw.spread(maps[a, name], shape, 1) for a in ("B", "C"))
+      down = lambda x, shape=shape: on.spread(x, shape, 0)
+      B, C = (on.spread(maps[a, name], shape, 1) for a in ("B", "C"))
       now = g[j][name] + C * down(d_out[j])
       g_new[j][name] = now
       d_dx[j] = d_dx[j] + jnp.sum(now * B, axis=1)
@@ -363,21 +363,21 @@ def _step_back(
     both = [a * b for a, b in zip(dx, new_out, strict=True)]
     to = scratch["products"].at[:, base + offsets["direct"]]
     plgpu.store(to, functools.reduce(jnp.add, both), optimized=False)
-  g_new = [fw.forget(x, reset, "ones") for x in g_new]
+  g_new = [on.forget(x, reset, "ones") for x in g_new]
   d_rate, d_rates = [], list(d_rates)
   for j in range(plan.tiling.copies):
     now = g_new[j]["learned"] * decays[j]
     if reset is not None:
-      now = fw.forget(dict(learned=now), reset)["learned"]
+      now = on.forget(dict(learned=now), reset)["learned"]
     g_new[j] = g_new[j] | dict(learned=now)
     through = now * before[j]
     d_rate.append(jnp.sum(through * rates[j], axis=1))
-    d_rates[j] = d_rates[j] + through * fw.spread(dt[j], through.shape, 0)
+    d_rates[j] = d_rates[j] + through * on.spread(dt[j], through.shape, 0)
   # Δu of this step has been read for the last time.
-  fw.store_rows(plan, scratch["dx"], t, d_dx)
-  fw.store_rows(plan, scratch["d_rate"], t, d_rate)
+  on.store_rows(plan, scratch["dx"], t, d_dx)
+  on.store_rows(plan, scratch["d_rate"], t, d_rate)
   if "z" in slots:
-    fw.store_rows(plan, scratch["y"], t, y)
+    on.store_rows(plan, scratch["y"], t, y)
   return tuple(g_new), d_rates
 
 
@@ -404,7 +404,7 @@ def _add_up(plan, scratch, out, place, t):
   columns = plan.tiling.unroll * pairs
   tiles = plgpu.Tiling(((1, 128), (32,), (1,)))
   layout = plgpu.Layout.TILED(tiles, (-3,), (-2,), -1)
-  products = fw.load_wide(scratch["products"], layout)
+  products = on.load_wide(scratch["products"], layout)
   to = out["tokens"].at[tile, row, pl.ds(t * pairs, columns)]
   plgpu.store(to, jnp.sum(products, axis=0), optimized=False)
 
@@ -423,7 +423,7 @@ def _load_start(plan, scratch, p):
   channels = 128 // plan.tiling.lanes
   return tuple(
     {
-      name: fw.load_wide(
+      name: on.load_wide(
         scratch[f"start {name}"].at[p, pl.ds(j * channels, channels)],
         plan.layout(name),
       )
@@ -437,8 +437,8 @@ def _finish(plan, skip, slots, scratch, out, place, block, at, first, sums):
   """The cotangents of a block of rows, and their sums over time."""
   row, _, _, start = place
   shape = (block.size, plan.tiling.width)
-  load = lambda ref: fw.load_wide(ref.at[block], plan.block_layout)
-  scalars = fw.token_scalars(plan, slots, block, shape)
+  load = lambda ref: on.load_wide(ref.at[block], plan.block_layout)
+  scalars = on.token_scalars(plan, slots, block, shape)
   u, dt, d_dx, d_out = (
     load(x)
     for x in (slots["u"], scratch["dt"], scratch["dx"], scratch["d_out"])
@@ -453,7 +453,7 @@ def _finish(plan, skip, slots, scratch, out, place, block, at, first, sums):
     )
     own = index + block.start >= first
     use = own if use is None else use & own
-  factor = None if skip is None else fw.spread(skip, shape, 1)
+  factor = None if skip is None else on.spread(skip, shape, 1)
   d_dt = d_dx * u + load(scratch["d_rate"]) * _LN2
   if "direct" in scalars:
     d_dt = d_dt + scalars["direct"] * d_out * u
@@ -469,7 +469,7 @@ def _finish(plan, skip, slots, scratch, out, place, block, at, first, sums):
     z, d_y, y = load(slots["z"]), load(slots["d_y"]), load(scratch["y"])
     if factor is not None:
       y = y + factor * u
-    s = fw.sigmoid(z)
+    s = on.sigmoid(z)
     columns["z"] = d_y * s * (1 + z * (1 - s)) * y
   if use is not None:
     columns = {

@@ -280,43 +280,44 @@ class Plan:
 
 
 def default_tiling(
-  channels: int, states: int, *, rows: int = 1, backward: bool = False
+  states: int, *, itemsize: int = 4, backward: bool = False
 ) -> Tiling:
-  """Choose a tiling by shape.
+  """Choose a tiling by shape and chip.
 
-  Each thread holds at most 32 state elements forward and 16 backward, so
-  that nothing spills; more threads per channel where the channels alone would
-  leave the chip's schedulers without warps to alternate between.
+  A thread holds at most 8 state elements (16 of N = 256), so that nothing
+  spills and several warps share a scheduler; then as much is in flight as
+  shared memory allows. The chunk is one for both passes.
 
   Args:
-    channels: D.
     states: N.
-    rows: R.
-    backward: for the backward pass, which holds several arrays of the state.
+    itemsize: bytes of u's elements.
+    backward: for the backward pass, which keeps more in shared memory.
   """
-  del channels, rows
-  lanes, each = 2, 8
-  while lanes < 16 and states > lanes * each:
+  lanes = 2
+  while lanes < 16 and states > lanes * 8:
     lanes *= 2
-  return Tiling(
-    lanes=lanes,
-    chunk=32 if before_hopper() else 16,
-    unroll=4,
-  )
+  chunk = 32 if before_hopper() else 16
+  tilings = [
+    Tiling(lanes=lanes, chunk=chunk, unroll=unroll, stages=stages)
+    for stages in (2, 1)
+    for unroll in ((4, 8, 2) if backward else (4,))
+  ]
+  needs = [_shared_bytes(t, states, itemsize, backward) for t in tilings]
+  major, minor = _capability()
+  small = 163 if (major, minor) in ((8, 0), (8, 7)) else 99
+  limit = 1024 * (227 if major in (9, 10) else small)
+  for tiling, need in zip(tilings, needs, strict=True):
+    if need <= limit:
+      return tiling
+  return tilings[needs.index(min(needs))]
 
 
 def before_hopper() -> bool:
   """Whether the chip compiled for has no tensor memory accelerator.
 
-  Its copies into shared memory come in tiles of 8 rows and 32 bytes. As
-  Mosaic does, takes a chip that nobody names for a Hopper.
+  Its copies into shared memory come in tiles of 8 rows and 32 bytes.
   """
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  default = backend.get_default_device()
-  if device is None or device.device_kind == default.device_kind:
-    device = default
-  capability = getattr(device, "compute_capability", "9.0")
-  return int(capability.split(".")[0]) < 9
+  return _capability() < (9, 0)
 
 
 def plan(
@@ -370,3 +371,28 @@ def vary_like(like: Array, outputs: list[Array]) -> list[Array]:
     return lax.pcast(x, missing, to="varying") if missing else x
 
   return [cast(x) for x in outputs]
+
+
+def _capability() -> tuple[int, int]:
+  """The chip's compute capability; as Mosaic does, Hopper's if unknown."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  default = backend.get_default_device()
+  if device is None or device.device_kind == default.device_kind:
+    device = default
+  major, minor = getattr(device, "compute_capability", "9.0").split(".")
+  return int(major), int(minor)
+
+
+def _shared_bytes(
+  tiling: Tiling, states: int, itemsize: int, backward: bool
+) -> int:
+  """Shared memory that a block takes, gate and softplus counted in."""
+  arrays, scratch = (4, 6) if backward else (3, 3)
+  token = 4 * (2 * states + 16) + arrays * tiling.width * itemsize
+  total = tiling.chunk * (tiling.stages * token + 4 * scratch * tiling.width)
+  if backward:
+    pieces = tiling.chunk // tiling.unroll
+    total += 4 * pieces * tiling.width * states
+    columns = -(-2 * states * tiling.unroll // 128) * 128
+    total += 4 * _THREADS // tiling.lanes * columns
+  return total
