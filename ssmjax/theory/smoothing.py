@@ -120,7 +120,9 @@ def smoothing_premises(
                     A + Δ = 1, but h₁ = Δ₁b₁ starts from 0: case (i) as the
                     paper has it holds, the start does not.
 
-  Channels of decay 1 with Δ > 0 break it; of decay 0 they need Δ ≤ 1.
+  Channels of decay 1 with Δ > 0 break it; of decay 0 they need Δ ≤ 1. S6's
+  n = 1 misses by Δ²/2, which float32 cannot tell from rounding for Δ below
+  1.4e-3: there it is counted as met.
 
   Args:
     recurrence: of real decays; for others see `rotating_frame`.
