@@ -1,21 +1,44 @@
 """Pallas kernels for TPU and GPU, and nothing else.
 
 `kernels(op)` is the one door: it tells dispatch which platforms have a fused
-kernel for an op. A kernel takes the arguments of the op's other
-implementations and returns the same results, states and gradients.
+kernel for an op. A kernel is a pair of plain functions, the forward and the
+backward pass; `ssmjax.ops` makes a differentiable op of them.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["kernels"]
+__all__ = ["Kernel", "kernels"]
 
 
-def kernels(op: str) -> dict[str, Callable[..., Any]]:
+class Kernel(NamedTuple):
+  """A kernel's two passes, in the contract of its op."""
+
+  forward: Callable[..., Any]
+  backward: Callable[..., Any]
+
+
+def kernels(op: str) -> dict[str, Kernel]:
   """Map platform ("tpu", "cuda") to the fused kernel of `op`, if there is one.
 
-  None has been written yet, so the map is empty for every op and the default
-  dispatch takes the chunked form everywhere.
+  The contracts are those of `ssmjax.ops.selective_fused.fused` and
+  `ssmjax.ops.scan`.
   """
-  del op
+  # Pallas takes a while to import, and most programs run one op.
+  if op == "selective_scan":
+    from kernels_pallas import (
+      selective_scan_gpu,
+      selective_scan_gpu_backward,
+      selective_scan_tpu,
+      selective_scan_tpu_backward,
+    )
+
+    return {
+      "tpu": Kernel(
+        selective_scan_tpu.forward, selective_scan_tpu_backward.backward
+      ),
+      "cuda": Kernel(
+        selective_scan_gpu.forward, selective_scan_gpu_backward.backward
+      ),
+    }
   return {}

@@ -1,12 +1,15 @@
 """The selective scan on TPU: the backward pass.
 
-Tiles of time are visited from the last to the first. In a tile the scan runs
-forward again from the state that the forward pass kept, and leaves every
-token's hₜ₋₁ in scratch; then the adjoint runs back over the tokens:
+Tiles of time are visited from the last to the first. In a tile the adjoint
+runs back over the tokens and leaves gₜ in scratch,
 
-    gₜ = ȳₜ Cₜ + qₜ₊₁        qₜ = exp(ΔₜA) gₜ        pₜ = qₜ hₜ₋₁
-    C̄ₜ = Σ_d ȳₜ hₜ           B̄ₜ = Σ_d gₜ Δₜuₜ
-    (Δu)‾ₜ = Σ_n gₜ Bₜ       Δ̄ₜ ∋ Σ_n pₜ A           Ā = Σ_t pₜ Δₜ
+    gₜ = ȳₜ Cₜ + qₜ₊₁        qₜ = exp(ΔₜA) gₜ
+
+and then the scan runs forward again, from the state that the forward pass
+kept, with gₜ at hand when hₜ is:
+
+    pₜ = gₜ exp(ΔₜA) hₜ₋₁    Ā = Σ_t pₜ Δₜ        Δ̄ₜ ∋ Σ_n pₜ A
+    C̄ₜ = Σ_d ȳₜ hₜ           B̄ₜ = Σ_d gₜ Δₜuₜ     (Δu)‾ₜ = Σ_n gₜ Bₜ
 
 Sums over n are sums of registers. Sums over channels are sums in a register:
 its rows go to scratch, from where those of all n with the same sublane come
@@ -32,10 +35,6 @@ from kernels_pallas.selective_scan_tpu import (
 )
 
 __all__ = ["backward"]
-
-# Adjoint steps in one trip of the loop. At eight the scheduler starts so much
-# at once that a third of the registers' traffic is spills.
-STEPS = 4
 
 
 def backward(
@@ -64,13 +63,13 @@ def backward(
       x = rows[name]
       call.output(f"d_{name}", x.shape, x.dtype, tiles.by_token)
   batch, times = tiles.batch, tiles.times
-  shape = (batch, tiles.tiles, times, tiles.blocks, tiles.block, tiles.time)
+  # dB and dC of a token share a row of lanes, from lane 0 and lane 64.
+  shape = (batch, tiles.tiles, tiles.blocks, times * tiles.time, LANES)
   spec = pl.BlockSpec(
-    (1, 1, 1, *shape[3:]),
-    lambda r, d, t: (r, d, tiles.time_index(t), 0, 0, 0),
+    (1, 1, tiles.blocks, tiles.time, LANES),
+    lambda r, d, t: (r, d, 0, tiles.time_index(t), 0),
   )
-  for name in ("B", "C"):
-    call.output(f"d_{name}", shape, jnp.float32, spec)
+  call.output("d_numbers", shape, jnp.float32, spec)
   for name in ("A", "initial_state"):
     call.output(f"d_{name}", tiles.state_shape, jnp.float32, tiles.by_row)
   for name in ("D", "delta_bias"):
@@ -91,8 +90,7 @@ def backward(
   per_n = (tiles.blocks, tiles.block, tiles.sublanes, LANES)
   call.scratch("q", per_n)
   call.scratch("sum_A", per_n)
-  call.scratch("h", (tiles.time, *per_n[1:]))
-  call.scratch("parts", (GROUP, tiles.block * tiles.sublanes, LANES))
+  call.scratch("g", (tiles.time, *per_n[1:]))
   out = call(
     functools.partial(_backward_kernel, tiles),
     selective_scan_cost(rows, shared, ones=ones, backward=True),
@@ -107,11 +105,12 @@ def _gradients(tiles, out):
   grads = {
     name: out[f"d_{name}"] for name in ("u", "delta", "z") if f"d_{name}" in out
   }
-  for name in ("B", "C"):
-    # [R, tiles, times, blocks, block, time] to [R, T, N], in fixed order.
-    x = jnp.moveaxis(out[f"d_{name}"].sum(1), -1, 2)
-    x = x.reshape(tiles.batch, tiles.times * tiles.time, -1)
-    grads[name] = x[:, : tiles.length, : tiles.count]
+  # [R, tiles, blocks, T, lanes]: the sum over tiles has a fixed order.
+  numbers = out["d_numbers"].sum(1)[:, :, : tiles.length]
+  for name, start in (("B", 0), ("C", LANES // 2)):
+    x = numbers[..., start : start + tiles.block]
+    x = jnp.swapaxes(x, 1, 2).reshape(tiles.batch, tiles.length, -1)
+    grads[name] = x[..., : tiles.count]
   grads["A"] = tiles.unstate(out["d_A"])[:, tiles.ones :]
   grads["initial_state"] = tiles.unstate(out["d_initial_state"])
   for name in ("D", "delta_bias"):
@@ -136,37 +135,31 @@ def _backward_kernel(tiles, refs):
   last = tiles.groups - 1
 
   def block(k, first):
-    def forward(g, carry):
-      carry = _scan_group(tiles, refs, k, g, carry, first)
-      # Past the end there is nothing to prepare: do the last group again.
-      _prepare(tiles, refs, k, first, jnp.minimum(g + 1, last), g + 1)
-      return carry
-
-    def reverse(i, carry):
+    def adjoint(i, q):
       g = last - i
-      step = lambda s, carry: _adjoint_steps(
-        tiles, refs, k, g, GROUP - STEPS - s * STEPS, carry, first
-      )
-      carry = lax.fori_loop(0, GROUP // STEPS, step, carry)
-      if single:
-        _finish_group(tiles, refs, jnp.minimum(g + 1, last), i > 0)
-      return carry
+      q = _adjoint_group(tiles, refs, k, g, q)
+      # Past the end there is nothing to prepare: do the first group again.
+      _prepare(tiles, refs, k, first, jnp.maximum(g - 1, 0))
+      return q
 
-    _prepare(tiles, refs, k, first, 0, 0)
+    def scan(g, h):
+      h = _scan_group(tiles, refs, k, g, h, first)
+      if single:
+        _finish_group(tiles, refs, jnp.maximum(g - 1, 0), g > 0)
+      return h
+
+    _prepare(tiles, refs, k, first, last)
     of_tile = range(tiles.block)
-    h = tuple(refs["states"][0, 0, k * tiles.block + n, 0] for n in of_tile)
-    sums = jnp.zeros((tiles.block, tiles.time), jnp.float32)
-    _, d_c = lax.fori_loop(0, tiles.groups, forward, (h, sums))
-    refs["d_C"][0, 0, 0, k] = d_c
     q = tuple(refs["q"][k, n] for n in of_tile)
-    q, d_b = lax.fori_loop(0, tiles.groups, reverse, (q, sums))
-    refs["d_B"][0, 0, 0, k] = d_b
+    q = lax.fori_loop(0, tiles.groups, adjoint, q)
     for n in of_tile:
       refs["q"][k, n] = q[n]
+    h = tuple(refs["states"][0, 0, k * tiles.block + n, 0] for n in of_tile)
+    lax.fori_loop(0, tiles.groups, scan, h)
 
   tiles.for_blocks(block)
   if single:
-    _finish_group(tiles, refs, 0, True)
+    _finish_group(tiles, refs, last, True)
   else:
     finish = lambda g, _: _finish_group(tiles, refs, g, True)
     lax.fori_loop(0, tiles.groups, finish, None)
@@ -182,12 +175,12 @@ def _backward_kernel(tiles, refs):
         refs[f"d_{name}"][0] = total
 
 
-def _prepare(tiles, refs, k, first, g, to):
-  """What both passes over group g read, to place `to`."""
-  tiles.prepare(refs, k, first, g, to)
+def _prepare(tiles, refs, k, first, g):
+  """What both passes over group g read."""
+  tiles.prepare(refs, k, first, g, g)
   if first:
     for c in range(tiles.sublanes):
-      tiles.put_rows(refs["dy_rows"], to, c, _gated(tiles, refs, g, c))
+      tiles.put_rows(refs["dy_rows"], g, c, _gated(tiles, refs, g, c))
 
 
 def _gated(tiles, refs, g, c):
@@ -200,66 +193,59 @@ def _gated(tiles, refs, g, c):
   return dy * (z * sigmoid(z))
 
 
-def _scan_group(tiles, refs, k, g, carry, first):
-  """Eight tokens forward: hₜ₋₁ to scratch, and what needs hₜ itself."""
-  h, d_c = carry
-  for j in range(GROUP):
-    dt, dtu, dy = (
-      tiles.channels_of(refs[name], g, j) for name in ("dt", "dtu", "dy_rows")
-    )
-    new, terms = [], []
-    for n in range(tiles.block):
-      before = tiles.before(refs, g, j, h[n])
-      refs["h"][g * GROUP + j, n] = before
-      decay = tiles.decay(refs, k, n, dt)
-      after = before if decay is None else decay * before
-      new.append(after + dtu * tiles.number(refs["b"], g, n, j))
-      terms.append(dy * new[n])
-    d_c = _sum_channels(tiles, refs, g, j, terms, d_c, j)
-    if "z" in refs:
-      y = functools.reduce(
-        jnp.add,
-        [new[n] * tiles.number(refs["c"], g, n, j) for n in range(tiles.block)],
-      )
-      _accumulate(tiles, refs["y_rows"], g, j, y, first)
-    h = tuple(new)
-  return h, d_c
-
-
-def _adjoint_steps(tiles, refs, k, g, start, carry, first):
-  """`STEPS` tokens back, to the one at `start` in the group."""
-  q, d_b = carry
-  d_a = [None] * tiles.block
-  for step in reversed(range(STEPS)):
-    j = start + step
-    dt, dtu, dy = (
-      tiles.channels_of(refs[name], g, j) for name in ("dt", "dtu", "dy_rows")
-    )
-    new, terms, writes, rates = [], [], [], []
+def _adjoint_group(tiles, refs, k, g, q):
+  """Eight tokens back: gₜ to scratch."""
+  for j in reversed(range(GROUP)):
+    dt, dy = (tiles.channels_of(refs[x], g, j) for x in ("dt", "dy_rows"))
+    new = []
     for n in range(tiles.block):
       adjoint = dy * tiles.number(refs["c"], g, n, j) + q[n]
-      terms.append(adjoint * dtu)
-      writes.append(adjoint * tiles.number(refs["b"], g, n, j))
-      decay = tiles.decay(refs, k, n, dt)
+      refs["g"][g * GROUP + j, n] = adjoint
       back = tiles.before(refs, g, j, adjoint)
+      decay = tiles.decay(refs, k, n, dt)
+      new.append(back if decay is None else decay * back)
+    q = tuple(new)
+  return q
+
+
+def _scan_group(tiles, refs, k, g, h, first):
+  """Eight tokens forward, and all that needs both gₜ and hₜ."""
+  d_a = [None] * tiles.block
+  total = lambda x: functools.reduce(jnp.add, x)
+  for j in range(GROUP):
+    dt, dtu, dy = (
+      tiles.channels_of(refs[x], g, j) for x in ("dt", "dtu", "dy_rows")
+    )
+    new, d_b, d_c, writes, rates, y = [], [], [], [], [], []
+    for n in range(tiles.block):
+      b = tiles.number(refs["b"], g, n, j)
+      adjoint = refs["g"][g * GROUP + j, n]
+      decayed = tiles.before(refs, g, j, h[n])
+      decay = tiles.decay(refs, k, n, dt)
       if decay is not None:
-        back = decay * back
-        p = back * refs["h"][g * GROUP + j, n]
+        decayed = decay * decayed
+        p = adjoint * decayed
         rates.append(p * refs["A"][0, k * tiles.block + n, 0])
         d_a[n] = p * dt if d_a[n] is None else d_a[n] + p * dt
-      new.append(back)
-    d_b = _sum_channels(tiles, refs, g, j, terms, d_b, step)
-    total = lambda x: functools.reduce(jnp.add, x)
+      new.append(decayed + dtu * b)
+      writes.append(adjoint * b)
+      d_b.append(adjoint * dtu)
+      d_c.append(dy * new[n])
+      if "z" in refs:
+        y.append(new[n] * tiles.number(refs["c"], g, n, j))
+    _sum_channels(tiles, refs, k, g, j, d_b, d_c)
     _accumulate(tiles, refs["d_dtu_rows"], g, j, total(writes), first)
     if rates:
       _accumulate(tiles, refs["d_rate_rows"], g, j, total(rates), first)
     elif first:
       tiles.put_channels(refs["d_rate_rows"], g, j, jnp.zeros_like(dt))
-    q = tuple(new)
+    if y:
+      _accumulate(tiles, refs["y_rows"], g, j, total(y), first)
+    h = tuple(new)
   for n in range(tiles.block):
     if d_a[n] is not None:
       refs["sum_A"][k, n] += d_a[n]
-  return q, d_b
+  return h
 
 
 def _accumulate(tiles, ref, g, j, x, first):
@@ -269,22 +255,16 @@ def _accumulate(tiles, ref, g, j, x, first):
   tiles.put_channels(ref, g, j, x)
 
 
-def _sum_channels(tiles, refs, g, j, terms, sums, slot):
-  """Put the sums over channels of one term for each n at token j of `sums`.
-
-  Steps that the scheduler may interleave have their own `slot` of scratch.
-  """
-  parts, sublanes = refs["parts"], tiles.sublanes
-  for n, term in enumerate(terms):
-    parts[slot, pl.ds(n * sublanes, sublanes), :] = term
-  rows = functools.reduce(
-    jnp.add,
-    [parts[slot, pl.ds(c, tiles.block, sublanes), :] for c in range(sublanes)],
-  )
-  total = rows.sum(1, keepdims=True)
-  token = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
-  here = token == g * GROUP + j
-  return jnp.where(here, jnp.broadcast_to(total, sums.shape), sums)
+def _sum_channels(tiles, refs, k, g, j, d_b, d_c):
+  """Sum each term over the channels: one row, n along lanes, for token j."""
+  lane = lax.broadcasted_iota(jnp.int32, (tiles.sublanes, LANES), 1)
+  sums = jnp.zeros((tiles.sublanes, LANES), jnp.float32)
+  for start, terms in ((0, d_b), (LANES // 2, d_c)):
+    for n, term in enumerate(terms):
+      total = jnp.broadcast_to(term.sum(1, keepdims=True), term.shape)
+      sums = jnp.where(lane == start + n, total, sums)
+  row = sums.sum(0, keepdims=True)
+  refs["d_numbers"][0, 0, k, pl.ds(g * GROUP + j, 1), :] = row
 
 
 def _finish_group(tiles, refs, g, new):
