@@ -22,7 +22,7 @@ def kernels(op: str) -> dict[str, Kernel]:
   """Map platform ("tpu", "cuda") to the fused kernel of `op`, if there is one.
 
   The contracts are those of `ssmjax.ops.selective_fused.fused` and
-  `ssmjax.ops.scan`.
+  `ssmjax.ops.scan_fused.fused`.
   """
   # Pallas takes a while to import, and most programs run one op.
   if op == "selective_scan":
@@ -40,5 +40,12 @@ def kernels(op: str) -> dict[str, Kernel]:
       "cuda": Kernel(
         selective_scan_gpu.forward, selective_scan_gpu_backward.backward
       ),
+    }
+  if op == "linear_scan":
+    from kernels_pallas import linear_scan_gpu, linear_scan_tpu
+
+    return {
+      "tpu": Kernel(linear_scan_tpu.forward, linear_scan_tpu.backward),
+      "cuda": Kernel(linear_scan_gpu.forward, linear_scan_gpu.backward),
     }
   return {}

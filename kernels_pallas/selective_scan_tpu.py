@@ -528,7 +528,7 @@ _POLYNOMIAL = (
 
 def _inverse(x):
   """1 / x for x in [1, 2]."""
-  return pl.reciprocal(x, full_range=False)
+  return pltpu.reciprocal(x, full_range=False)
 
 
 def _ceil(a, b):

@@ -13,6 +13,7 @@ from jax import lax
 
 import kernels_pallas
 from ssmjax.ops import dispatch, linear_scan, selective_scan
+from ssmjax.types import Polarization
 
 OPS = {
   "linear_scan": lambda **options: functools.partial(linear_scan, **options),
@@ -33,7 +34,7 @@ def call(marker, a, b):
   return jax.ffi.ffi_call(marker, shape, vmap_method="broadcast_all")(a, b)
 
 
-def fake_passes(marker):
+def fake_selective(marker):
   """The two passes of a selective scan."""
 
   def forward(rows, shared, *, keep, **static):
@@ -50,29 +51,22 @@ def fake_passes(marker):
   return forward, backward
 
 
-def fake(marker):
-  """A kernel with its own derivative, known by a custom call's name."""
+def fake_linear(marker):
+  """The two passes of a linear scan."""
 
-  def run(a, b, state, **static):
-    call = functools.partial(globals()["call"], marker)
+  def forward(a, b, state, valid, restart, *, reverse, keep):
+    return call(marker, b, b), state, state if keep else None
 
-    @jax.custom_vjp
-    def kernel(a, b, state):
-      return call(a, b), state
+  def backward(a, b, states, valid, restart, dy, dfinal, *, reverse):
+    return a, call(marker, b, dy), dfinal
 
-    kernel.defvjp(
-      lambda a, b, state: ((call(a, b), state), (a, b)),
-      lambda saved, ct: (call(*saved), call(*saved), ct[1]),
-    )
-    return kernel(a, b, state)
-
-  return run
+  return forward, backward
 
 
 @pytest.fixture
 def with_kernels(monkeypatch):
   """Fake kernels for TPU and CUDA; the caches do not know of them."""
-  make = {"linear_scan": fake, "selective_scan": fake_passes}
+  make = {"linear_scan": fake_linear, "selective_scan": fake_selective}
   found = lambda op: {
     platform: make[op](f"fake_{platform}_kernel")
     for platform in ("tpu", "cuda")
@@ -135,7 +129,8 @@ def test_pallas_is_refused_when_lowered_for_a_platform_without_a_kernel(
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_pallas_without_any_kernel_says_so(op):
+def test_pallas_without_any_kernel_says_so(op, monkeypatch):
+  monkeypatch.setattr(kernels_pallas, "kernels", lambda op: {})
   with pytest.raises(NotImplementedError, match="it has none here"):
     OPS[op](implementation="pallas")(*arguments())
 
@@ -155,6 +150,27 @@ def test_pallas_in_float64_is_refused_when_traced(with_kernels, x64):
   assert jax.eval_shape(linear_scan, *args)[0].dtype == jnp.float64
   with pytest.raises(NotImplementedError, match="no kernel for float64"):
     jax.eval_shape(OPS["linear_scan"](implementation="pallas"), *args)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda u: u.astype(jnp.float16), "no kernel for float16"),
+    (lambda u: u, "no kernel without a state"),
+  ],
+)
+def test_pallas_names_what_a_selective_scan_has_that_no_kernel_takes(
+  change, message
+):
+  u = change(jnp.ones((1, 4, 2)))
+  zeros = Polarization(zeros=2, placement="replace")
+  run = functools.partial(
+    selective_scan, u, u, -jnp.ones((2, 2)), u, u,
+    polarization=zeros if message.endswith("state") else None,
+  )  # fmt: skip
+  with pytest.raises(NotImplementedError, match=message):
+    jax.eval_shape(functools.partial(run, implementation="pallas"))
+  assert run()[0].shape == u.shape
 
 
 def test_an_old_gpu_takes_the_fall_back(with_kernels):

@@ -101,7 +101,7 @@ def make(
   return args
 
 
-def pull(function, args, **static):
+def pull(function, args, *, jit=jax.jit, **static):
   """Values, and gradients of all floats for cotangents of both outputs."""
   floats = {k: args[k] for k in FLOATS if args[k] is not None}
   rest = {k: args[k] for k in NAMES if k not in floats}
@@ -109,7 +109,7 @@ def pull(function, args, **static):
   def run(floats):
     return function(**floats, **rest, **static)
 
-  @jax.jit
+  @jit
   def both(floats):
     out, vjp = jax.vjp(run, floats)
     wave = lambda x: jnp.cos(

@@ -28,7 +28,7 @@ def run(
   implementation: str | None,
   forms: Mapping[str, Callable[..., Any]],
   *args: Any,
-  fuse: Callable[..., Callable[..., Any]] | None = None,
+  fuse: Callable[..., Callable[..., Any]],
   no_kernel: str | None = None,
   **static: Any,
 ) -> Any:
@@ -40,8 +40,7 @@ def run(
     forms: implementations other than pallas, called `form(*args, **static)`;
       `"chunked"` is the fall-back.
     *args: arrays and None.
-    fuse: makes a form of a kernel's passes, `fuse(forward, backward)`; None
-      where the kernels are forms already.
+    fuse: makes a form of a kernel's passes, `fuse(forward, backward)`.
     no_kernel: why the kernels cannot take these arguments, or None if they
       can.
     **static: keyword arguments of every form.
@@ -78,7 +77,7 @@ def run(
   if not kernels:
     return fallback(*args)
   branches = {
-    platform: functools.partial(fuse(*kernel) if fuse else kernel, **static)
+    platform: functools.partial(fuse(*kernel), **static)
     for platform, kernel in kernels.items()
   }
   return lax.platform_dependent(*args, default=fallback, **branches)

@@ -268,17 +268,26 @@ def _selective_scan(
       initial_state = initial_state[..., :kept]
   if initial_state is not None:
     initial_state = initial_state.astype(dtype)
+  if kept and not A.shape[1]:
+    # A kernel has learned channels: let the ones be learned at rate zero.
+    A, ones = jnp.zeros((channels, kept), A.dtype), 0
   is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
   refused = None
+  half = {x.dtype.name for x in (u, delta, B, C, D, z, delta_bias)
+          if x is not None} - {"float32", "bfloat16"}  # fmt: skip
   if is_complex:
     refused = "has no kernel for complex A, B or C"
-  elif dtype == jnp.dtype("float64"):
-    refused = "has no kernel for float64"
+  elif half:
+    refused = f"has no kernel for {', '.join(sorted(half))}"
+  elif dtype != jnp.dtype("float32"):
+    refused = f"has no kernel for {dtype}"
+  elif not kept:
+    refused = "has no kernel without a state: all channels are zero-channels"
   forms = {
     "associative": selective_scan_associative,
     # A loop over tokens is fast on a CPU and bound by launches elsewhere.
     "chunked": selective_scan_chunks
-    if is_complex or not A.shape[1]
+    if is_complex or not kept
     else _chunked_by_platform,
   }
   y, state = dispatch.run(
