@@ -115,9 +115,6 @@ def build(
     implementation: of the op.
   """
   forward, arguments = _OPS[case.op](case, implementation)
-  mesh = jax.sharding.Mesh(
-    list(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
   spec = {
     name: P("data") if x.ndim > 2 else P() for name, x in arguments.items()
   }
@@ -135,12 +132,21 @@ def build(
   if case.program == "gradient":
     function, args, specs = gradient, (arguments, d_y), (spec, P("data"))
     out = (P("data"), spec)
-  if len(devices) > 1:
-    function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)
-  place = lambda x, spec: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec)
+  if len(devices) == 1:
+    place = jax.sharding.SingleDeviceSharding(devices[0])
+    return function, jax.tree.map(lambda x: _on(x, place), args)
+  mesh = jax.sharding.Mesh(
+    list(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
   )
-  return function, jax.tree.map(place, args, specs)
+  divided = lambda x, spec: _on(x, jax.sharding.NamedSharding(mesh, spec))
+  return (
+    jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out),
+    jax.tree.map(divided, args, specs),
+  )
+
+
+def _on(x, sharding):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _selective_scan(case, implementation):

@@ -137,8 +137,11 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
 
 def kernel_calls(text: str) -> list[str]:
   """The names of the HLO ops that are kernels of ours, in order."""
-  pattern = r'%?([\w.-]+) = [^\n]*custom_call_target="tpu_custom_call"'
-  return re.findall(pattern, text)
+  # A kernel's line holds its whole body: only starts of lines are looked at.
+  target = 'custom_call_target="tpu_custom_call"'
+  named = re.compile(r" *(?:ROOT )?%?([\w.-]+) = ")
+  lines = [line for line in text.splitlines() if target in line]
+  return [found[1] for found in map(named.match, lines) if found]
 
 
 def _library() -> pathlib.Path | None:
