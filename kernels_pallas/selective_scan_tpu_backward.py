@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.costs import selective_scan_cost
-from kernels_pallas.selective_scan_tpu import (
+from kernels_pallas.selective_scan_tpu_tiles import (
   GROUP,
   LANES,
   LOG2E,

@@ -12,14 +12,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from test_selective_chunked import FLOATS, NAMES, make, pull, truth
 
-from kernels_pallas.selective_scan_tpu import (
+from kernels_pallas.selective_scan_tpu import forward
+from kernels_pallas.selective_scan_tpu_backward import backward
+from kernels_pallas.selective_scan_tpu_tiles import (
   Tiling,
   default_tiling,
-  forward,
   sigmoid,
   softplus,
 )
-from kernels_pallas.selective_scan_tpu_backward import backward
 from ssmjax.ops import selective_scan
 from ssmjax.ops.selective_fused import fused
 from ssmjax.types import Polarization
