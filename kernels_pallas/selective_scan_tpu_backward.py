@@ -22,6 +22,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.costs import selective_scan_cost
 from kernels_pallas.selective_scan_tpu_tiles import (
@@ -256,15 +257,35 @@ def _accumulate(tiles, ref, g, j, x, first):
 
 
 def _sum_channels(tiles, refs, k, g, j, d_b, d_c):
-  """Sum each term over the channels: one row, n along lanes, for token j."""
-  lane = lax.broadcasted_iota(jnp.int32, (tiles.sublanes, LANES), 1)
-  sums = jnp.zeros((tiles.sublanes, LANES), jnp.float32)
-  for start, terms in ((0, d_b), (LANES // 2, d_c)):
-    for n, term in enumerate(terms):
-      total = jnp.broadcast_to(term.sum(1, keepdims=True), term.shape)
-      sums = jnp.where(lane == start + n, total, sums)
+  """Sum each term over the channels: one row, n along lanes, for token j.
+
+  The sum of a register over its lanes keeps the lane unit busy for long, and
+  comes out on all lanes, of which a select keeps one. The halves of a full
+  register are therefore folded first, one of B on one of C: half the sums.
+  """
+  shape = (tiles.sublanes, LANES)
+  lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+  sums = jnp.zeros(shape, jnp.float32)
+  if tiles.sublanes == 8:
+    upper = lax.broadcasted_iota(jnp.int32, shape, 0) < 4
+    lane = jnp.where(upper, lane, lane - LANES // 2)
+    terms = [
+      (n, _fold(upper, b, c))
+      for n, (b, c) in enumerate(zip(d_b, d_c, strict=True))
+    ]
+  else:
+    terms = [*enumerate(d_b), *enumerate(d_c, LANES // 2)]
+  for at, term in terms:
+    total = jnp.broadcast_to(term.sum(1, keepdims=True), shape)
+    sums = jnp.where(lane == at, total, sums)
   row = sums.sum(0, keepdims=True)
   refs["d_numbers"][0, 0, k, pl.ds(g * GROUP + j, 1), :] = row
+
+
+def _fold(upper, x, y):
+  """x on itself in the upper four sublanes, y in the lower ones."""
+  swapped = pltpu.roll(jnp.where(upper, y, x), 4, 0)
+  return jnp.where(upper, x, y) + swapped
 
 
 def _finish_group(tiles, refs, g, new):
