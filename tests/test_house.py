@@ -24,7 +24,7 @@ TABLE = {
   "ssmjax.theory": "ssmjax.types",
   "ssmjax.diagnostics": "ssmjax.types ssmjax.ops ssmjax.theory",
   "ssmjax.interop": "ssmjax.types ssmjax.models safetensors",
-  "ssmjax.data": "ssmjax.types grain",
+  "ssmjax.data": "ssmjax.types grain tokenizers",
   "ssmjax.training": "ssmjax.types optax orbax flax tqdm tensorboardX",
 }
 TABLE = {room: set(row.split()) for room, row in TABLE.items()}
@@ -42,7 +42,7 @@ EVERYONE = sys.stdlib_module_names | {"jax", "numpy"}
 
 # What a room imports only inside functions, where it is needed: it is heavy,
 # or not installed everywhere. The package itself loads nothing by itself.
-HEAVY = {"grain", "kernels_pallas", "tqdm", "tensorboardX"}
+HEAVY = {"grain", "kernels_pallas", "tokenizers", "tqdm", "tensorboardX"}
 LAZY = dict.fromkeys(TABLE, HEAVY) | {"ssmjax": set(TABLE)}
 
 TOP_LEVEL = {
