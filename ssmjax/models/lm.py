@@ -111,10 +111,17 @@ class Block(nnx.Module):
     self.mixer = mixer.build(config.d_model, config.n_layers, rngs)
     self.mlp = MLP(config, rngs) if config.mlp_ratio else None
 
-  def __call__(self, x, state=None, segment_ids=None):
-    """Apply to a sequence: x `[B, T, M]` float32 and the mixer's state."""
-    y, state = self.mixer(self.norm(x), state, segment_ids)
-    return self._rest(x + y.astype(x.dtype)), state
+  def __call__(self, x, state=None, segment_ids=None, out=None):
+    """Apply to a sequence: x `[B, T, M]` float32 and the mixer's state.
+
+    A dictionary `out` is given `mixer_input`, `mixer_output`, `block_output`.
+    """
+    normed = self.norm(x)
+    y, state = self.mixer(normed, state, segment_ids)
+    x = self._rest(x + y.astype(x.dtype))
+    if out is not None:
+      out.update(mixer_input=normed, mixer_output=y, block_output=x)
+    return x, state
 
   def step(self, x, state, segment_ids=None):
     """Apply to one token, x `[B, M]`."""
@@ -228,19 +235,58 @@ class LanguageModel(nnx.Module):
     tokens: Int[Array, "B T"],
     state: ModelState | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    embeddings: Float[Array, "B T M"] | None = None,
+    out: dict[str, Array] | None = None,
   ) -> tuple[Float[Array, "B T M"], ModelState]:
-    """As a call, without the projection to logits: `[B, T, M]`."""
+    """As a call, without the projection to logits: `[B, T, M]`.
+
+    Args:
+      tokens: as in a call.
+      state: as in a call.
+      segment_ids: as in a call.
+      embeddings: what enters the first block, positions included, in place of
+        the tokens' own: to differentiate by it.
+      out: a dictionary to be given what passes through the layers: `embeddings`
+        `[B, T, M]`, and `mixer_input` (after the norm), `mixer_output` and
+        `block_output`, `[n_layers, B, T, M]`. Return it from the function that
+        is jitted; what is left out there costs no memory. `block(i)` has the
+        layer that belongs to entry i.
+    """
     _check("LanguageModel", tokens, segment_ids, "B T")
     if state is None:
       start = jnp.zeros(tokens.shape[:1], jnp.int32)
       state = ModelState((None,) * len(self.blocks), start)
     x, length = self._embed(tokens, state.length, segment_ids)
+    if embeddings is not None:
+      check_shapes(
+        "LanguageModel",
+        {"tokens": (tokens, "B T"),
+         "embeddings": (embeddings, f"B T M={self.config.d_model}")},
+      )  # fmt: skip
+      x = embeddings.astype(x.dtype)
+    if out is not None:
+      out["embeddings"] = x
     body: Callable[..., Any]
-    body = functools.partial(_layers, Block.__call__, segment_ids)
+    apply = Block.__call__ if out is None else _showing
+    body = functools.partial(_layers, apply, segment_ids)
     if self.config.remat:
       body = jax.checkpoint(body)
     x, layers = jax.lax.scan(body, x, (tuple(self.blocks), state.layers))
+    if out is not None:
+      layers, shown = zip(*layers, strict=True)
+      out.update(jax.tree.map(_in_order, *shown))
     return self.norm(x), ModelState(layers, length)
+
+  def block(self, index: int) -> Block:
+    """Take one layer out of the stack, by its place from 0 on."""
+    if not 0 <= index < self.config.n_layers:
+      raise ValueError(
+        f"LanguageModel.block: index is {index}, expected 0 to"
+        f" {self.config.n_layers - 1}."
+      )
+    repeat, position = divmod(index, len(self.blocks))
+    return jax.tree.map(lambda v: v[repeat], self.blocks[position])
 
   def logits(self, features: Float[Array, "... M"]) -> Float[Array, "... V"]:
     """Project features to logits over the vocabulary, float32."""
@@ -299,6 +345,18 @@ def _layers(apply, segment_ids, x, xs):
     x, state = apply(block, x, state, segment_ids)
     new.append(state)
   return x, tuple(new)
+
+
+def _showing(block, x, state, segment_ids):
+  """A block whose intermediates leave the scan beside its state."""
+  out: dict[str, Array] = {}
+  x, state = block(x, state, segment_ids, out)
+  return x, (state, out)
+
+
+def _in_order(*stacks):
+  """Positions of the pattern, each `[repeats, …]`, to `[n_layers, …]`."""
+  return jnp.stack(stacks, 1).reshape(-1, *stacks[0].shape[1:])
 
 
 def _check(function, tokens, segment_ids, letters):
