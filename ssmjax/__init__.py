@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from ssmjax import (
     data,
+    diagnostics,
     models,
     ops,
     polarization,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
   "data",
+  "diagnostics",
   "models",
   "ops",
   "polarization",
