@@ -40,7 +40,8 @@ class TextSource:
   `tokens [B, T]` int32; `segment_ids [B, T]` int32, the row's documents counted
   from 1, 0 for padding; `positions [B, T]` int32, 0 … T − 1; `targets [B, T]`
   int32; `weights [B, T]` float32, 1, and 0 for padding; `bytes [B, T]` int32,
-  what each target stands for, 0 for ∂ (see `bits_per_byte`).
+  what each target stands for: 1 for a byte, 0 for ∂, but for what a tokenizer
+  strips off a document's end (see `bits_per_byte`).
 
   Where several processes train, each makes its own rows: the batches of all,
   one below the other, are the batch that a single one would make. The state
@@ -216,7 +217,9 @@ def text_dataset(
   `iter(...)` gives what `fit` takes as data. Its state is the number of
   batches given so far; restored in any process, it goes on with the very
   batches that would have come. Pass `source.identity()` among the run's
-  settings, so that a run does not go on with another text.
+  settings, so that a run does not go on with another text. Worker processes
+  (`.mp_prefetch`) give the same batches; jax in them knows of no others, so a
+  training of several processes then has to say its `processes`.
 
   Args:
     source: the batches.
