@@ -111,19 +111,20 @@ def _advance(plan: Plan, slots, t, h, rates, dt, dx, first):
     name: [on.token_map(plan, slots, t, array, name) for array in ("B", "C")]
     for name in plan.parts
   }
+  direct = on.token_direct(plan, slots, t)
   new, y = [], []
   for j in range(plan.tiling.copies):
     parts, total = {}, None
     for name, old in on.forget(h[j], reset).items():
       shape = (channels, plan.parts[name])
-      if name == "learned":
-        old = jnp.exp2(on.spread(dt[j], shape, 0) * rates[j]) * old
+      if planning.decays(name):
+        old = jnp.exp2(on.spread(dt[j], shape, 0) * rates[j][name]) * old
       B, C = (on.spread(x, shape, 1) for x in maps[name])
       parts[name] = old + on.spread(dx[j], shape, 0) * B
       read = jnp.sum(parts[name] * C, axis=1)
       total = read if total is None else total + read
     new.append(parts)
-    y.append(total)
+    y.append(total if direct is None else total + direct * dx[j])
   return tuple(new), y
 
 
@@ -151,8 +152,7 @@ def _forward_body(plan, softplus_on, inputs, outputs, *refs):
     if "states learned" in refs:
       on.store_states(plan, refs, "states", (row, index), start, h)
     for block in blocks:
-      scalars = on.token_scalars(plan, slots, block, shape)
-      valid = scalars["valid"] > 0 if "valid" in scalars else None
+      valid = on.token_valid(plan, slots, block, shape)
       dt, _, u = on.step_sizes(plan, softplus_on, bias, slots, block, valid)
       plgpu.store(dt_s.at[block], dt, optimized=False)
       plgpu.store(dx_s.at[block], dt * u, optimized=False)
@@ -180,8 +180,8 @@ def _forward_body(plan, softplus_on, inputs, outputs, *refs):
           ref.at[block], plan.block_layout
         )
         skip_now = None if skip is None else on.spread(skip, shape, 1)
-        scalars = on.token_scalars(plan, slots, block, shape)
-        y = _output(load, slots, y_s, dx_s, skip_now, scalars)
+        valid = on.token_valid(plan, slots, block, shape)
+        y = _output(load, slots, y_s, skip_now, valid)
         to = pl.ds(at + block.start, block.size)
         channels = pl.ds(start, plan.tiling.width)
         y = y.astype(refs["y"].dtype)
@@ -203,13 +203,11 @@ def _forward_body(plan, softplus_on, inputs, outputs, *refs):
             skip_now = on.load_wide(
               refs["D"].at[group, channels], plan.row_layout
             )
-          scalars = {
-            name: jnp.broadcast_to(
-              slots["tokens"][t, plan.columns[name]], (width,)
-            )
-            for name in plan.flags
-          }
-          y = _output(load, slots, y_s, dx_s, skip_now, scalars)
+          valid = None
+          if "valid" in plan.flags:
+            scalar = slots["tokens"][t, plan.columns["valid"]]
+            valid = jnp.broadcast_to(scalar, (width,)) > 0
+          y = _output(load, slots, y_s, skip_now, valid)
           y = y.astype(refs["y"].dtype)
           to = refs["y"].at[row, at + t, channels]
           plgpu.store(to, y, optimized=False)
@@ -233,16 +231,14 @@ def _forward_body(plan, softplus_on, inputs, outputs, *refs):
   on.store_states(plan, refs, "final", (row,), start, h)
 
 
-def _output(load, slots, y_s, dx_s, skip, scalars):
+def _output(load, slots, y_s, skip, valid):
   """y of some rows from what the recurrence left, `load`ed in one layout."""
   y = load(y_s)
   if skip is not None:
     y = y + skip * load(slots["u"])
-  if "direct" in scalars:
-    y = y + scalars["direct"] * load(dx_s)
   if "z" in slots:
     z = load(slots["z"])
     y = y * (z * on.sigmoid(z))
-  if "valid" in scalars:
-    y = jnp.where(scalars["valid"] > 0, y, jnp.zeros_like(y))
+  if valid is not None:
+    y = jnp.where(valid, y, jnp.zeros_like(y))
   return y

@@ -84,10 +84,12 @@ def backward(
       shapes[name] = (whole, argument.dtype)
   for name, size in plan.parts.items():
     shapes[f"initial {name}"] = ((plan.rows, plan.depth, size), f32)
-  rates = (plan.rows, plan.depth, plan.parts["learned"])
-  shapes["rates"] = (rates, f32)
+    if planning.decays(name):
+      shapes[f"rates {name}"] = ((plan.rows, plan.depth, size), f32)
   pairs = _pairs(plan)
   shapes["tokens"] = ((plan.tiles, plan.rows, plan.time * pairs), f32)
+  if "direct" in plan.flags:
+    shapes["direct"] = ((plan.tiles, plan.rows, plan.time), f32)
   sums = (plan.rows, on.blocks_of_rows(plan)[1], plan.depth)
   for name in ("D", "delta_bias"):
     if shared[name] is not None:
@@ -118,7 +120,7 @@ def backward(
 
 def _pairs(plan: Plan) -> int:
   """Columns that one step's products take: whole threads for all steps."""
-  used = 2 * sum(plan.parts.values()) + ("direct" in plan.flags)
+  used = 2 * sum(plan.parts.values())
   unit = max(1, 128 // plan.tiling.unroll)
   return -(-used // unit) * unit
 
@@ -130,7 +132,7 @@ def _offsets(plan: Plan) -> dict[str, int]:
     for name, size in plan.parts.items():
       offsets[f"{array} {name}"] = at
       at += size
-  return offsets | dict(direct=at)
+  return offsets
 
 
 def _scratch(plan: Plan, softplus_on: bool, gated: bool):
@@ -162,21 +164,27 @@ def _gradients(plan: Plan, rows, named):
     mask = rows["valid"][..., None]
     tokens = jnp.where(mask, tokens, jnp.zeros_like(tokens))
   offsets = _offsets(plan)
-  counts = dict(ones=plan.ones, learned=plan.learned)
   for array in ("B", "C"):
     pieces = []
-    for name, count in counts.items():
-      if count:
-        first = offsets[f"{array} {name}"]
-        pieces.append(tokens[..., first : first + count])
+    for name, (_, start, stop) in plan.in_order:
+      first = offsets[f"{array} {name}"]
+      pieces.append(tokens[..., first : first + stop - start])
     grads[array] = jnp.concatenate(pieces, -1)
   if "direct" in plan.flags:
-    grads["direct"] = tokens[..., offsets["direct"]]
+    direct = named["direct"].sum(0)[:, : plan.length]
+    if rows["valid"] is not None:
+      direct = jnp.where(rows["valid"], direct, jnp.zeros_like(direct))
+    grads["direct"] = direct
   grads["initial_state"] = plan.join_state(
     {name: named[f"initial {name}"] for name in plan.parts}
   )
-  rates = named["rates"][:, : plan.channels, : plan.learned]
-  grads["A"] = jnp.swapaxes(rates, 1, 2)
+  grads["A"] = plan.join_state(
+    {
+      name: named[f"rates {name}"]
+      for name in plan.parts
+      if planning.decays(name)
+    }
+  )
   for name in ("D", "delta_bias"):
     if f"sum {name}" in named:
       grads[name] = named[f"sum {name}"].sum(1)[:, : plan.channels]
@@ -201,7 +209,10 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
     *slots, (g, d_rates, sums) = slots_and_carry
     slots = dict(zip(names, slots, strict=True))
     first = on.chunk_first(plan, chunk)
-    _prepare(plan, softplus_on, bias, slots, blocks, scratch)
+    at = jnp.minimum(
+      chunk * plan.tiling.chunk, jnp.int32(plan.time - plan.tiling.chunk)
+    )
+    _prepare(plan, softplus_on, bias, slots, blocks, scratch, out, place, at)
     if plan.ragged:
       on.meet()
       own = (scratch[k] for k in ("dt", "dx", "d_out"))
@@ -219,9 +230,6 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
     h = on.load_states(plan, refs, "states", (row, chunk), start)
     h = lax.fori_loop(jnp.int32(0), jnp.int32(pieces - 1), leave, h)
     _store_start(plan, scratch, jnp.int32(pieces - 1), h)
-    at = jnp.minimum(
-      chunk * plan.tiling.chunk, jnp.int32(plan.time - plan.tiling.chunk)
-    )
 
     def piece(i, carry):
       g, d_rates = carry
@@ -255,7 +263,10 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
   zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plan.block_layout)
   sums = {k: zero for k in ("D", "delta_bias") if f"sum {k}" in out}
   g = on.load_states(plan, refs, "d_final", (row,), start)
-  d_rates = [h["learned"] for h in on.zero_states(plan)]
+  d_rates = [
+    {name: x for name, x in h.items() if planning.decays(name)}
+    for h in on.zero_states(plan)
+  ]
   g, d_rates, sums = plgpu.emit_pipeline(
     chunk,
     grid=(plan.chunks,),
@@ -266,19 +277,20 @@ def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
   on.store_states(plan, out, "initial", (row,), start, g)
   channels = 128 // plan.tiling.lanes
   for j, x in enumerate(d_rates):
-    to = out["rates"].at[row, pl.ds(start + j * channels, channels)]
-    plgpu.store(to, x, optimized=False)
+    own = pl.ds(start + j * channels, channels)
+    for name in x:
+      to = out[f"rates {name}"].at[row, own]
+      plgpu.store(to, x[name], optimized=False)
   for name, x in sums.items():
     to = out[f"sum {name}"].at[row, :, pl.ds(start, plan.tiling.width)]
     plgpu.store(to, x, optimized=False)
 
 
-def _prepare(plan, softplus_on, bias, slots, blocks, scratch):
+def _prepare(plan, softplus_on, bias, slots, blocks, scratch, out, place, at):
   """Everything about a chunk that needs no state, for all threads at once."""
   for block in blocks:
     shape = (block.size, plan.tiling.width)
-    scalars = on.token_scalars(plan, slots, block, shape)
-    valid = scalars["valid"] > 0 if "valid" in scalars else None
+    valid = on.token_valid(plan, slots, block, shape)
     dt, slope, u = on.step_sizes(plan, softplus_on, bias, slots, block, valid)
     d_out = on.load_wide(slots["d_y"].at[block], plan.block_layout)
     if "z" in slots:
@@ -291,6 +303,17 @@ def _prepare(plan, softplus_on, bias, slots, blocks, scratch):
       named["slope"] = slope
     for name, x in named.items():
       plgpu.store(scratch[name].at[block], x, optimized=False)
+    if "direct" in out:
+      row, tile, _, start = place
+      product = d_out * named["dx"]
+      if plan.depth % plan.tiling.width:
+        index = plgpu.broadcasted_iota(
+          jnp.int32, shape, 1, layout=plan.block_layout
+        )
+        new = index >= tile * plan.tiling.width - start
+        product = jnp.where(new, product, jnp.zeros_like(product))
+      to = out["direct"].at[tile, row, pl.ds(at + block.start, block.size)]
+      plgpu.store(to, jnp.sum(product, axis=1), optimized=False)
 
 
 def _state_step(plan, slots, scratch, rates, first, h, t):
@@ -301,18 +324,17 @@ def _state_step(plan, slots, scratch, rates, first, h, t):
   maps = {name: on.token_map(plan, slots, t, "B", name) for name in plan.parts}
   after, before, decays = [], [], []
   for j in range(plan.tiling.copies):
-    old = on.forget(h[j], reset)
-    shape = (channels, plan.parts["learned"])
-    decay = jnp.exp2(on.spread(dt[j], shape, 0) * rates[j])
-    new = {}
+    old, new, decay = on.forget(h[j], reset), {}, {}
     for name, size in plan.parts.items():
       shape = (channels, size)
       write = on.spread(dx[j], shape, 0) * on.spread(maps[name], shape, 1)
-      new[name] = write + (
-        decay * old[name] if name == "learned" else old[name]
-      )
+      if planning.decays(name):
+        decay[name] = jnp.exp2(on.spread(dt[j], shape, 0) * rates[j][name])
+        new[name] = decay[name] * old[name] + write
+      else:
+        new[name] = old[name] + write
     after.append(new)
-    before.append(old["learned"])
+    before.append(old)
     decays.append(decay)
   return tuple(after), before, decays, reset
 
@@ -334,8 +356,12 @@ def _step_back(
     for name in plan.parts
     for array in ("B", "C")
   }
+  direct = on.token_direct(plan, slots, t)
   d_dx: list = [0] * plan.tiling.copies
   y: list = [0] * plan.tiling.copies
+  if direct is not None:
+    d_dx = [direct * x for x in d_out]
+    y = [direct * x for x in dx]
   g_new: list = [{} for _ in g]
   products = {}
   for j in range(plan.tiling.copies):
@@ -359,20 +385,19 @@ def _step_back(
     own = pl.ds(base + offsets[key], x.shape[1])
     to = scratch["products"].at[:, own]
     plgpu.store(to, x, optimized=False)
-  if "direct" in plan.flags:
-    both = [a * b for a, b in zip(dx, new_out, strict=True)]
-    to = scratch["products"].at[:, base + offsets["direct"]]
-    plgpu.store(to, functools.reduce(jnp.add, both), optimized=False)
-  g_new = [on.forget(x, reset, "ones") for x in g_new]
-  d_rate, d_rates = [], list(d_rates)
+  d_rate, d_rates = [], [dict(x) for x in d_rates]
   for j in range(plan.tiling.copies):
-    now = g_new[j]["learned"] * decays[j]
-    if reset is not None:
-      now = on.forget(dict(learned=now), reset)["learned"]
-    g_new[j] = g_new[j] | dict(learned=now)
-    through = now * before[j]
-    d_rate.append(jnp.sum(through * rates[j], axis=1))
-    d_rates[j] = d_rates[j] + through * on.spread(dt[j], through.shape, 0)
+    for name, decay in decays[j].items():
+      g_new[j][name] = g_new[j][name] * decay
+    g_new[j] = on.forget(g_new[j], reset)
+    total: list = []
+    for name in decays[j]:
+      through = g_new[j][name] * before[j][name]
+      total.append(jnp.sum(through * rates[j][name], axis=1))
+      d_rates[j][name] = d_rates[j][name] + through * on.spread(
+        dt[j], through.shape, 0
+      )
+    d_rate.append(functools.reduce(jnp.add, total))
   # Δu of this step has been read for the last time.
   on.store_rows(plan, scratch["dx"], t, d_dx)
   on.store_rows(plan, scratch["d_rate"], t, d_rate)
@@ -438,12 +463,11 @@ def _finish(plan, skip, slots, scratch, out, place, block, at, first, sums):
   row, _, _, start = place
   shape = (block.size, plan.tiling.width)
   load = lambda ref: on.load_wide(ref.at[block], plan.block_layout)
-  scalars = on.token_scalars(plan, slots, block, shape)
   u, dt, d_dx, d_out = (
     load(x)
     for x in (slots["u"], scratch["dt"], scratch["dx"], scratch["d_out"])
   )
-  use = scalars["valid"] > 0 if "valid" in scalars else None
+  use = on.token_valid(plan, slots, block, shape)
   if use is not None:
     u = jnp.where(use, u, jnp.zeros_like(u))
   if plan.ragged:
@@ -455,10 +479,6 @@ def _finish(plan, skip, slots, scratch, out, place, block, at, first, sums):
     use = own if use is None else use & own
   factor = None if skip is None else on.spread(skip, shape, 1)
   d_dt = d_dx * u + load(scratch["d_rate"]) * _LN2
-  if "direct" in scalars:
-    d_dt = d_dt + scalars["direct"] * d_out * u
-    extra = scalars["direct"] * dt
-    factor = extra if factor is None else factor + extra
   d_u = d_dx * dt
   if factor is not None:
     d_u = d_u + factor * d_out

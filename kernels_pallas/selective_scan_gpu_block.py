@@ -35,8 +35,9 @@ __all__ = [
   "step_sizes",
   "store_rows",
   "store_states",
+  "token_direct",
   "token_map",
-  "token_scalars",
+  "token_valid",
   "unrolled_loop",
   "zero_states",
 ]
@@ -57,7 +58,8 @@ def kernel_inputs(plan: Plan, rows, shared) -> dict[str, Array]:
     if rows.get(name) is not None:
       inputs[name] = plan.pad(rows[name])
   inputs["tokens"] = plan.tokens(rows)
-  inputs["rates"] = plan.rates(shared["A"])
+  for name, x in plan.rates(shared["A"]).items():
+    inputs[f"rates {name}"] = x
   for name in ("D", "delta_bias"):
     if shared[name] is not None:
       inputs[name] = plan.pad_channels(shared[name])
@@ -171,10 +173,10 @@ def step_sizes(plan: Plan, softplus_on, bias, slots, block, valid):
   return dt, slope, u
 
 
-def token_scalars(plan: Plan, slots, block, shape):
-  """Name -> a scalar of each token over a block of rows, if there is one."""
-  if not plan.flags:
-    return {}
+def token_valid(plan: Plan, slots, block, shape):
+  """Whether each token of a block of rows is none of padding, or None."""
+  if "valid" not in plan.flags:
+    return None
   first = plan.columns["direct"]
   four = load_wide(
     slots["tokens"].at[block, pl.ds(first, 4)], plan.scalar_layout
@@ -182,12 +184,18 @@ def token_scalars(plan: Plan, slots, block, shape):
   index = plgpu.broadcasted_iota(
     jnp.int32, four.shape, 1, layout=plan.scalar_layout
   )
-  pick = lambda column: jnp.sum(
-    jnp.where(index == column - first, four, jnp.zeros_like(four)), axis=1
-  )
-  return {
-    name: spread(pick(plan.columns[name]), shape, 0) for name in plan.flags
-  }
+  wanted = index == plan.columns["valid"] - first
+  valid = jnp.sum(jnp.where(wanted, four, jnp.zeros_like(four)), axis=1)
+  return spread(valid, shape, 0) > 0
+
+
+def token_direct(plan: Plan, slots, t):
+  """A token's own channel of decay 0, one number for all channels."""
+  if "direct" not in plan.flags:
+    return None
+  channels = 128 // plan.tiling.lanes
+  direct = slots["tokens"][t, plan.columns["direct"]]
+  return jnp.broadcast_to(direct, (channels,))
 
 
 def blocks_of_rows(plan: Plan):
@@ -210,14 +218,12 @@ def reset_at(plan: Plan, slots, t, first):
   return reset.astype(jnp.int32)
 
 
-def forget(h, reset, only=None):
-  """Zeros, even for an infinite state, if `reset`; of the part `only`."""
+def forget(h, reset):
+  """Zeros, even for an infinite state, if `reset`."""
   if reset is None:
     return h
   return {
     name: jnp.where(jnp.broadcast_to(reset, x.shape) > 0, jnp.zeros_like(x), x)
-    if only in (None, name)
-    else x
     for name, x in h.items()
   }
 
@@ -269,13 +275,17 @@ def zero_states(plan: Plan):
 
 
 def load_rates(plan: Plan, refs, group, start):
-  """Every copy's A."""
+  """Every copy's A, by part."""
   channels = 128 // plan.tiling.lanes
   return [
-    load_wide(
-      refs["rates"].at[group, pl.ds(start + j * channels, channels)],
-      plan.layout("learned"),
-    )
+    {
+      name: load_wide(
+        refs[f"rates {name}"].at[group, pl.ds(start + j * channels, channels)],
+        plan.layout(name),
+      )
+      for name in plan.parts
+      if planning.decays(name)
+    }
     for j in range(plan.tiling.copies)
   ]
 

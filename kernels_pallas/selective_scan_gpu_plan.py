@@ -21,6 +21,7 @@ __all__ = [
   "Plan",
   "Tiling",
   "before_hopper",
+  "decays",
   "default_tiling",
   "plan",
   "vary_like",
@@ -127,11 +128,39 @@ class Plan:
     return -(-self.depth // self.tiling.width)
 
   @property
+  def spans(self) -> dict[str, tuple[int, int, int]]:
+    """Name -> columns, padded, and first and last + 1 of N, of a part.
+
+    What decays and what does not is kept apart, and each split in at most two
+    so that a part's columns are lanes · 2^k: the sizes that vector loads and
+    swizzled shared memory are made for.
+    """
+    lanes, spans = self.tiling.lanes, {}
+    end = self.ones + self.learned
+    for name, start, stop in (
+      ("learned", self.ones, end),
+      ("ones", 0, self.ones),
+    ):
+      if start == stop:
+        continue
+      # An array of one column has no layout that the compiler would find.
+      least = -(-2 // lanes)
+      each = max(least, -(-(stop - start) // lanes))
+      size = 1 << (each.bit_length() - 1)
+      rest = each - size
+      if rest and 1 << (rest - 1).bit_length() == size:
+        size, rest = 2 * size, 0
+      middle = min(stop, start + size * lanes)
+      spans[name] = (size * lanes, start, middle)
+      if rest:
+        rest = lanes << (max(least, rest) - 1).bit_length()
+        spans[f"{name} rest"] = (rest, middle, stop)
+    return spans
+
+  @property
   def parts(self) -> dict[str, int]:
-    """Name -> columns, padded, of the two parts of a state."""
-    sizes = dict(learned=self.learned, ones=self.ones)
-    up = lambda n: -(-n // self.tiling.lanes) * self.tiling.lanes
-    return {name: up(n) for name, n in sizes.items() if n}
+    """Name -> columns of the parts of a state."""
+    return {name: span[0] for name, span in self.spans.items()}
 
   @property
   def columns(self) -> dict[str, int]:
@@ -151,8 +180,12 @@ class Plan:
 
   def layout(self, part: str):
     """Registers of a part of the state, `[128 / lanes, columns]`."""
+    return self.layout_of(self.parts[part])
+
+  def layout_of(self, columns: int):
+    """Registers of `[128 / lanes, columns]`, a multiple of lanes."""
     lanes = self.tiling.lanes
-    each = self.parts[part] // lanes
+    each = columns // lanes
     vector = next(v for v in (4, 2, 1) if each % v == 0)
     channels = _THREADS // lanes
     if lanes == 1:
@@ -225,12 +258,10 @@ class Plan:
       return jnp.where(mask, x, jnp.zeros_like(x))
 
     pieces = []
-    for name, size in self.parts.items():
-      start = self.ones if name == "learned" else 0
-      count = self.learned if name == "learned" else self.ones
+    for size, start, stop in self.spans.values():
       for array in ("B", "C"):
-        x = clean(rows[array][..., start : start + count])
-        more = -(-size // 4) * 4 - count
+        x = clean(rows[array][..., start:stop])
+        more = -(-size // 4) * 4 - (stop - start)
         pieces.append(jnp.pad(x, ((0, 0), (0, 0), (0, more))))
     like = pieces[0][..., 0]
     scalars = dict(
@@ -251,32 +282,48 @@ class Plan:
     tokens = jnp.concatenate(pieces, -1)
     return jnp.pad(tokens, ((0, 0), (0, self.time - self.length), (0, 0)))
 
-  def rates(self, A: Array) -> Array:
-    """A in powers of two, `[G, D, columns]`, from `[G, learned, D]`."""
-    return self._columns("learned", A.astype(jnp.float32) * _LOG2E)
+  def rates(self, A: Array) -> dict[str, Array]:
+    """A in powers of two, parts `[G, D, columns]`, of `[G, learned, D]`."""
+    A = A.astype(jnp.float32) * _LOG2E
+    return {
+      name: self._columns(size, A[:, start - self.ones : stop - self.ones])
+      for name, (size, start, stop) in self.spans.items()
+      if decays(name)
+    }
 
   def split_state(self, state: Array) -> dict[str, Array]:
     """The parts of `[R, N, D]`, each `[R, D, columns]`."""
-    pieces = dict(learned=state[:, self.ones :], ones=state[:, : self.ones])
+    state = state.astype(jnp.float32)
     return {
-      name: self._columns(name, pieces[name].astype(jnp.float32))
-      for name in self.parts
+      name: self._columns(size, state[:, start:stop])
+      for name, (size, start, stop) in self.spans.items()
     }
 
   def join_state(self, parts: dict[str, Array]) -> Array:
-    """`[R, N, D]` of parts `[R, D, columns]`."""
-    counts = dict(ones=self.ones, learned=self.learned)
-    pieces = [
-      jnp.swapaxes(parts[name][:, : self.channels, :count], 1, 2)
-      for name, count in counts.items()
-      if count
-    ]
-    return jnp.concatenate(pieces, 1)
+    """`[R, N, D]` of parts `[R, D, columns]`, those that are given."""
+    return jnp.concatenate(
+      [
+        jnp.swapaxes(parts[name][:, : self.channels, : stop - start], 1, 2)
+        for name, (_, start, stop) in self.in_order
+        if name in parts
+      ],
+      1,
+    )
 
-  def _columns(self, part, x):
+  @property
+  def in_order(self) -> list[tuple[str, tuple[int, int, int]]]:
+    """The spans as they follow each other in N."""
+    return sorted(self.spans.items(), key=lambda item: item[1][1])
+
+  def _columns(self, size, x):
     x = jnp.swapaxes(x, 1, 2)
-    more = self.parts[part] - x.shape[2]
-    return jnp.pad(x, ((0, 0), (0, self.depth - self.channels), (0, more)))
+    more = (self.depth - self.channels, size - x.shape[2])
+    return jnp.pad(x, ((0, 0), (0, more[0]), (0, more[1])))
+
+
+def decays(part: str) -> bool:
+  """Whether a part of the state has an exponential."""
+  return part.startswith("learned")
 
 
 def default_tiling(

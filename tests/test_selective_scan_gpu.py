@@ -199,16 +199,35 @@ def test_chips_before_hopper_take_whole_copy_tiles(monkeypatch):
   assert "valid" in plan.flags
 
 
-def loss(floats, rest, **static):
-  form = scan(interpret=False)
-  y, state = form(**floats, **rest, delta_softplus=True, ones=0, **static)
+def loss(floats, rest, tiling=None, ones=0):
+  form = scan(tiling, interpret=False)
+  y, state = form(**floats, **rest, delta_softplus=True, ones=ones)
+  y = y.astype(jnp.float32)
   return (y * y).sum() + (state * state).sum()
 
 
-def arguments(batch, length=32):
-  args = make(batch, length, 64, 4, without=("D", "z", "direct"))
+def arguments(batch, length=32, states=4, without=("D", "z", "direct"), **kw):
+  args = make(batch, length, 64, states, without=without, **kw)
   floats = {k: args[k] for k in FLOATS if args[k] is not None}
   return floats, {k: args[k] for k in NAMES if k not in floats}
+
+
+@pytest.mark.parametrize(
+  ("states", "ones", "tiling", "options"),
+  [
+    (17, 1, None, dict(length=35, without=(), restart=True)),
+    (1, 0, Tiling(lanes=1, unroll=1), dict(without=("z",), valid=True)),
+    (30, 0, Tiling(lanes=8, unroll=1), dict(without=(), dtype=jnp.bfloat16)),
+    (256, 0, Tiling(lanes=16, unroll=1), dict(without=LEAST)),
+  ],
+)
+def test_lowering_finds_layouts_for_odd_states(states, ones, tiling, options):
+  # Interpretation does not check layouts.
+  run = functools.partial(loss, tiling=tiling, ones=ones)
+  floats, rest = arguments(1, states=states, ones=ones, **options)
+  traced = jax.jit(jax.grad(run)).trace(floats, rest)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "selective_scan_gpu_backward" in text
 
 
 def test_lowering_for_cuda_names_both_kernels():
