@@ -138,9 +138,13 @@ def sharpness(
   if jnp.iscomplexobj(x):
     x = jnp.concatenate([x.real, x.imag], -1)
   x = jnp.where(mask[..., None], x, jnp.zeros_like(x)).astype(maximum.dtype)
-  # Sizes near the ends of the exponent have squares beyond them.
+  # Sizes near the ends of the exponent have squares beyond them; a power of
+  # two divides without rounding, which differences would magnify.
   scale = jnp.abs(x).max((1, 2))
-  unit = x / jnp.where(scale > 0, scale, jnp.ones_like(scale))[:, None, None]
+  some = (scale > 0) & jnp.isfinite(scale)
+  mantissa = 2 * jnp.frexp(jnp.where(some, scale, jnp.ones_like(scale)))[0]
+  scale = jnp.where(some, scale, jnp.ones_like(scale)) / mantissa
+  unit = x / scale[:, None, None]
   norms = jnp.sqrt(jnp.square(unit).sum(-1))
   length = norms.sum(1) / jnp.maximum(count, 1)
 
