@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import assert_close, quick
-from jax import lax
+from jax import export, lax
 
 import kernels_pallas
 from ssmjax.ops import dispatch, linear_scan, selective_scan
@@ -20,6 +20,18 @@ OPS = {
   "selective_scan": lambda **options: (
     lambda u, x: selective_scan(u, u, -x[0, :2].T, x, x, **options)
   ),
+}
+
+
+PASSES = ("forward", "backward")
+KERNELS = {
+  (op, platform): [f"{name}_{x}" for x in PASSES]
+  for op, platform, name in [
+    ("linear_scan", "tpu", "linear_scan"),
+    ("linear_scan", "cuda", "linear_scan"),
+    ("selective_scan", "tpu", "selective_scan_tpu"),
+    ("selective_scan", "cuda", "selective_scan_gpu"),
+  ]
 }
 
 
@@ -246,6 +258,51 @@ def test_what_a_kernel_saves_takes_no_memory_on_other_platforms(monkeypatch):
   beside = temporary(dict.fromkeys(("tpu", "cuda"), (forward, backward)))
   jax.clear_caches()
   assert beside < alone + 4 * np.prod(shape)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_export_for_all_platforms_has_their_kernels_and_runs_here(op):
+  pull = gradient(OPS[op]())
+  exported = export.export(jax.jit(pull), platforms=("cpu", "tpu", "cuda"))
+  exported = exported(*arguments())
+  text = exported.mlir_module()
+  for name in KERNELS[op, "tpu"] + KERNELS[op, "cuda"]:
+    assert name in text
+  expected = quick(gradient(OPS[op](implementation="reference")))(*arguments())
+  assert_close(exported.call(*arguments()), expected)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_lower_inside_shard_map_differentiated_there_or_outside(
+  op, platform
+):
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=auto)
+  rows, shared = jnp.ones((8, 20, 2)), jnp.full((20, 2), 0.5)
+
+  def loss(rows, shared):
+    wide = jnp.broadcast_to(shared[None], (rows.shape[0], *shared.shape))
+    if op == "linear_scan":
+      y, state = linear_scan(wide, rows, implementation="pallas")
+    else:
+      y, state = selective_scan(
+        rows, wide, -shared[:2], rows, rows, implementation="pallas"
+      )
+    return y.sum() + state.sum()
+
+  specs = (jax.P("data"), jax.P())
+  inside = jax.shard_map(
+    jax.grad(loss, (0, 1)), mesh=mesh, in_specs=specs, out_specs=specs
+  )
+  total = lambda *a: lax.psum(loss(*a), "data")
+  outside = jax.grad(
+    jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=jax.P()), (0, 1)
+  )
+  for run in (inside, outside):
+    text = lowered(run, rows, shared, platform=platform)
+    for name in KERNELS[op, platform]:
+      assert name in text
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from ssmjax.types import check_choice
@@ -77,7 +78,9 @@ def run(
   if not kernels:
     return fallback(*args)
   branches = {
-    platform: functools.partial(fuse(*kernel), **static)
+    platform: functools.partial(
+      fuse(*(_only_on(platform, function) for function in kernel)), **static
+    )
     for platform, kernel in kernels.items()
   }
   return lax.platform_dependent(*args, default=fallback, **branches)
@@ -90,6 +93,49 @@ def _visible_gpu_is_old() -> bool:
   except RuntimeError:  # No such backend: ahead-of-time code keeps the kernel.
     return False
   return any(float(d.compute_capability) < 8.0 for d in devices)
+
+
+@functools.cache
+def _only_on(platform, function):
+  """`function`, which is lowered for its own platform and no other.
+
+  Exported for several platforms, a program keeps all branches, and JAX lowers
+  each for all of them: a TPU's kernel for the CPU too, which is an error.
+  """
+
+  @functools.wraps(function)
+  def call(*args, **static):
+    leaves, tree = jax.tree.flatten(args)
+    run = lambda *leaves: function(*jax.tree.unflatten(tree, leaves), **static)
+    jaxpr, out = jax.make_jaxpr(run, return_shape=True)(*leaves)
+    leaves = _kernel_p.bind(*leaves, jaxpr=jaxpr, platform=platform)
+    return jax.tree.unflatten(jax.tree.structure(out), leaves)
+
+  return call
+
+
+_kernel_p = Primitive("ssmjax_kernel")
+_kernel_p.multiple_results = True
+_kernel_p.def_abstract_eval(lambda *args, jaxpr, platform: jaxpr.out_avals)
+
+
+def _kernel_lowering(ctx, *args, jaxpr, platform, lowered_for=None):
+  if lowered_for == platform:
+    context = ctx.module_context.replace(platforms=(platform,))
+    run = mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)
+    return run(ctx.replace(module_context=context), *args)
+  # In a branch of another platform, which nobody takes.
+  zeros = lambda *_: [jnp.zeros(x.shape, x.dtype) for x in jaxpr.out_avals]
+  return mlir.lower_fun(zeros, multiple_results=True)(ctx, *args)
+
+
+mlir.register_lowering(_kernel_p, _kernel_lowering)
+for _platform in ("tpu", "cuda"):
+  mlir.register_lowering(
+    _kernel_p,
+    functools.partial(_kernel_lowering, lowered_for=_platform),
+    platform=_platform,
+  )
 
 
 # An identity that cannot be lowered. It stands behind the fall-back of
