@@ -173,9 +173,7 @@ def model():
 def test_influence_of_a_model_is_its_jacobian_and_causal():
   built, tokens = model()
   function = jax.tree_util.Partial(features, built, tokens)
-  out = {}
-  built.features(tokens, out=out)
-  x = out["embeddings"]
+  x = jax.random.normal(jax.random.key(5), (2, 6, 4))
   times = [2, 5]
   found = diagnostics.influence(function, x, times, batch_size=8)
   whole = quick(jax.jacrev(lambda x: function(x)[:, jnp.array(times)]))(x)
@@ -204,22 +202,22 @@ def test_sixteen_thousand_tokens_of_a_deep_model_take_less_than_8_gb(mixer):
   assert activations < size < 8e9
 
 
-@pytest.fixture(params=["mamba", "polarized", "s4"])
+@pytest.fixture(params=["mamba", "s4"])
 def layer(request):
   """A layer as a function, its window and an input."""
   x = jax.random.normal(jax.random.key(2), (2, 7, 3))
   if request.param == "s4":
     return complex_layer, 1, x
-  polarization = Polarization(ones=1, zeros=1)
   config = MambaConfig(
-    d_state=2,
+    d_state=1,
     d_conv=2,
     expand=1,
     dt_min=0.1,
     dt_max=1.0,
-    polarization=polarization if request.param == "polarized" else None,
+    polarization=Polarization(ones=1, zeros=1),
   )
-  return Mamba(3, config, rngs=nnx.Rngs(0)).recurrence, 2, x
+  build = lambda key: Mamba(3, config, rngs=nnx.Rngs(key))
+  return quick(build)(jax.random.key(0)).recurrence, 2, x
 
 
 def complex_layer(x):
@@ -252,7 +250,7 @@ def test_closed_form_kernel_and_autodiff_agree(layer):
   assert not found.kernel[:, later].any()
   assert not found.decay[:, later].any()
 
-  r = function(x)
+  r = quick(function)(x)
   # The readouts are linear in the state: what passes through it is the sum.
   through = theory.outputs(r) - theory.outputs(
     r, jnp.zeros_like(theory.states(r))
@@ -359,8 +357,9 @@ def test_slopes_interval_holds_the_truth_as_often_as_it_says():
     residual = y - np.polyval(np.polyfit(x, y, 1), x)
     plain = np.sqrt((residual**2).sum() / 197 / ((x - x.mean()) ** 2).sum())
     textbook += abs(fit.slope + 0.1) <= 1.97 * plain
-  assert 0.88 < hits / runs < 0.98
-  assert textbook / runs < hits / runs - 0.05
+  assert 0.9 < hits / runs < 0.97
+  # Its interval is 0.57 as wide as it should be.
+  assert textbook / runs < 0.8
 
 
 @pytest.mark.parametrize(

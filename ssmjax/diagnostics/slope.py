@@ -130,8 +130,10 @@ def fit_log_slope(
 
   Least squares. Scores of neighbouring lags share tokens, so their residuals
   are correlated and the textbook error is too small: the error is Newey &
-  West's (1987), with ⌊4 (n/100)^(2/9)⌋ + 1 lags of Bartlett weights, and the
-  interval Student's with n - 2 degrees of freedom.
+  West's (1987), ⌊4 (n/100)^(2/9)⌋ lags of Bartlett weights, after an
+  autoregression has been taken out (Andrews & Monahan 1992), and the interval
+  Student's with n - 2 degrees of freedom. What it tells is how well a line is
+  determined, not that the curve is one: see `r_squared`.
 
   Args:
     lags: `[n]`.
@@ -142,7 +144,9 @@ def fit_log_slope(
       before d_conv the convolution.
     last: largest lag fitted; where scores reach their dtype's rounding the
       curve is flat, and should be cut before.
-    confidence: level of the interval, in (0, 1).
+    confidence: level of the interval, in (0, 1). Measured on lines with noise
+      of neighbouring correlation 0 to 0.8, a 95 % interval holds the truth in
+      92 to 94 % of cases of 200 lags and more; of 30 lags, in 79 to 89 %.
     log_a_max: to be held against, see `log_a_max`.
 
   Returns:
@@ -181,7 +185,7 @@ def fit_log_slope(
   slope = float((centred * values).sum() / weight)
   intercept = float(values.mean() - slope * lags.mean())
   residual = values - intercept - slope * lags
-  error = _newey_west(centred * residual) ** 0.5 / weight
+  error = _long_run(centred * residual) ** 0.5 / weight
   # The correction for the two degrees of freedom that the line has used.
   error = float(error * math.sqrt(n / (n - 2)))
   half = _student((1 + confidence) / 2, n - 2) * error
@@ -199,15 +203,23 @@ def fit_log_slope(
   )
 
 
-def _newey_west(moments):
-  """The variance of a sum of correlated terms."""
+def _long_run(moments):
+  """The variance of a sum of correlated terms, by prewhitened Newey-West."""
   n = len(moments)
-  reach = min(int(4 * (n / 100) ** (2 / 9)) + 1, n - 1)
-  variance = (moments**2).sum()
+  before, after = moments[:-1], moments[1:]
+  power = (before**2).sum()
+  ratio = float((before * after).sum() / power) if power > 0 else 0.0
+  # A fitted autoregression falls short by (1 + 3ρ)/n (Kendall 1954).
+  ratio = min(max(ratio + (1 + 3 * ratio) / n, 0.0), 0.97)
+  white = after - ratio * before
+  reach = min(int(4 * (n / 100) ** (2 / 9)), n - 2)
+  variance = (white**2).sum()
   for lag in range(1, reach + 1):
     bartlett = 1 - lag / (reach + 1)
-    variance += 2 * bartlett * (moments[lag:] * moments[:-lag]).sum()
-  return max(float(variance), 0.0)
+    variance += 2 * bartlett * (white[lag:] * white[:-lag]).sum()
+  # The first term has none before it.
+  scale = n / (n - 1) / (1 - ratio) ** 2
+  return max(float(variance), 0.0) * scale
 
 
 def _student(level, freedom):
