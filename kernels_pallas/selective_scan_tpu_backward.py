@@ -75,17 +75,17 @@ def backward(
     call.output(f"d_{name}", tiles.state_shape, jnp.float32, tiles.by_row)
   for name in ("D", "delta_bias"):
     if shared[name] is not None:
-      shape = (batch, 1, tiles.tiles * tiles.lanes)
+      vector = (batch, 1, tiles.tiles * tiles.lanes)
       spec = pl.BlockSpec((1, 1, tiles.lanes), lambda r, d, t: (r, 0, d))
-      call.output(f"d_{name}", shape, jnp.float32, spec)
+      call.output(f"d_{name}", vector, jnp.float32, spec)
       call.scratch(f"sum_{name}", (GROUP, tiles.lanes))
   if rows["direct"] is not None:
-    shape = (batch, tiles.tiles, times * tiles.time, LANES)
+    of_tokens = (batch, tiles.tiles, times * tiles.time, LANES)
     spec = pl.BlockSpec(
       (1, 1, tiles.time, LANES),
       lambda r, d, t: (r, d, tiles.time_index(t), 0),
     )
-    call.output("d_direct", shape, jnp.float32, spec)
+    call.output("d_direct", of_tokens, jnp.float32, spec)
 
   tiles.add_scratch(call, ("dy", "d_dtu", "d_rate", "y"))
   per_n = (tiles.blocks, tiles.block, tiles.sublanes, LANES)
