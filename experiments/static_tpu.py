@@ -29,6 +29,11 @@ __all__ = [
 # Slots that compute. A loop that hardly uses them starts copies and counts.
 _COMPUTES = ("MATMUL", "XLU", "VALU", "EUP")
 _LEAST_BUNDLES = 8
+_DUMPS = (
+  "original",
+  "final_bundles",
+  "final_hlo-static-per-bundle-utilization",
+)
 _MOST_LOOPS = 3
 
 
@@ -56,6 +61,8 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
     "TPU_MIN_LOG_LEVEL": "3",
     "LIBTPU_INIT_ARGS": (
       f"--xla_jf_dump_to={dumps['llo']} --xla_jf_dump_llo_text=true"
+      # All of its seventy passes take minutes and gigabytes.
+      f" --xla_jf_dump_llo_pass_label_regex={'|'.join(_DUMPS)}"
       f" --xla_jf_dump_static_llo_profile_to={dumps['profile']}"
     ),
   }
