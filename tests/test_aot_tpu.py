@@ -1,5 +1,6 @@
-"""The real TPU compiler takes the models, without a TPU."""
+"""The real TPU compiler takes the models and the kernels, without a TPU."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,8 @@ import pytest
 from flax import nnx
 from jax.experimental import topologies
 
+from experiments.static_cases import CHIPS, Case, build
+from experiments.static_tpu import kernel_calls
 from ssmjax.models import (
   AttentionConfig,
   LanguageModel,
@@ -35,6 +38,8 @@ CONFIG = ModelConfig(
   ),
   dtype=jnp.bfloat16,
 )
+
+_TRACED: dict = {}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,80 @@ def test_generation_compiles_for_tpus(mesh):
   continued = functools.partial(generate, max_new_tokens=4)
   compiled = compile_forward(continued, CONFIG, mesh)
   assert compiled.out_info.shape == (BATCH, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", ["selective_scan", "linear_scan"])
+@pytest.mark.parametrize("chip", CHIPS["tpu"])
+def test_kernels_compile_for_every_tpu(mesh, strict, op, chip, dtype):
+  text = compile_case(case(chip, op, "gradient", dtype)).as_text()
+  assert directions(text) == {"forward", "backward"}
+  assert all(name.startswith(op) for name in kernel_calls(text))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", ["selective_scan", "linear_scan"])
+def test_forward_alone_is_one_kernel(mesh, strict, op, dtype):
+  text = compile_case(case("v5e", op, "forward", dtype)).as_text()
+  assert len(kernel_calls(text)) == 1
+  assert directions(text) == {"forward"}
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "linear_scan"])
+def test_default_takes_the_kernel_from_a_cpu_host(mesh, strict, op):
+  wanted = case("v5e", op, "gradient", "bfloat16")
+  text = compile_case(wanted, implementation=None).as_text()
+  assert directions(text) == {"forward", "backward"}
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "linear_scan"])
+def test_kernels_compile_for_256_chips_with_the_batch_divided(mesh, strict, op):
+  wanted = case("v5e", op, "gradient", "bfloat16", batch=256)
+  wanted = dataclasses.replace(wanted, topology="v5e:16x16")
+  compiled = compile_case(wanted)
+  text = compiled.as_text()
+  assert directions(text) == {"forward", "backward"}
+  # What the rows share has one gradient, added up over the chips.
+  assert ("all-reduce" in text) == (op == "selective_scan")
+  y, _ = compiled.out_info
+  assert y.sharding.shard_shape(y.shape)[0] == 1
+
+
+@pytest.mark.parametrize(
+  ("states", "channels"),
+  [(256, 1024), (17, 1000), pytest.param(100, 5120, marks=pytest.mark.nightly)],
+)
+def test_odd_and_large_shapes_fit_the_memory_of_a_tpu(
+  mesh, strict, states, channels
+):
+  """The compiler refuses a kernel that asks for more VMEM than there is."""
+  shape = (1, 1001, channels, states)
+  wanted = Case("v5e", "selective_scan", "gradient", "float32", shape, "mamba")
+  assert directions(compile_case(wanted).as_text()) == {"forward", "backward"}
+
+
+def case(chip, op, program, dtype, batch=1):
+  shape = (batch, 512, 1024)
+  if op == "linear_scan":
+    return Case(chip, op, program, dtype, shape)
+  return Case(chip, op, program, dtype, (*shape, 16), "mamba")
+
+
+def compile_case(wanted, implementation="pallas"):
+  topology = wanted.topology or CHIPS["tpu"][wanted.chip]
+  found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  devices = found.devices if wanted.topology else found.devices[:1]
+  function, args = build(wanted, devices, implementation)
+  # One chip's trace serves all chips: the kernel's is most of the time.
+  if not wanted.topology:
+    key = dataclasses.replace(wanted, chip=""), implementation
+    function = _TRACED.setdefault(key, function)
+  return jax.jit(function).lower(*args).compile()
+
+
+def directions(text):
+  """Which passes have a kernel in the compiled program."""
+  return {name.split(".")[0].split("_")[-1] for name in kernel_calls(text)}
 
 
 def compile_forward(function, config, mesh):
