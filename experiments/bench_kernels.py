@@ -11,7 +11,7 @@ What does not fit in the memory is skipped and says so. About 10 minutes.
 `python -m experiments.bench kernels --static --out
 experiments/results/kernels-static.json` compiles the kernels for chips that
 are not here and writes down registers, spills, instructions and estimated
-cycles. They are the compilers' word, not measurements. About 5 minutes on two
+cycles. They are the compilers' word, not measurements. About 10 minutes on two
 cores; `--chips h200 --only "forward float32"` for some of the cases.
 """
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from experiments import static_tpu
 from experiments.results import provenance, write_text
 from experiments.static_cases import Case
 from experiments.static_worker import COMPILERS
@@ -43,6 +44,7 @@ SLACK = {
   "spill_bytes": 0.0,
   "shared_bytes": 0.05,
   "loop_instructions": 0.03,
+  "loop_bundles": 0.03,
 }
 # A program takes seconds, a TPU's estimate up to a minute; a compiler that
 # hangs is not waited for.
@@ -113,7 +115,7 @@ def write_table(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
           f" {_words(versions[platform])}. Compile all of them anew (without"
           " --only and --chips), or write to another file."
         )
-  head = provenance() | {"compilers": versions}
+  head = provenance() | {"compilers": dict(sorted(versions.items()))}
   # The host's devices have no part in it.
   for name in ("device", "platform", "num_devices"):
     head.pop(name)
@@ -206,10 +208,11 @@ def _tpu_line(row):
     )
     for loop in row["loops"]
   )
-  return (
-    f"{row['cycles']:,} cycles (+ {row['cycles_of_others']:,}),"
-    f" {row['vmem_bytes'] / 2**20:.1f} MiB, {row['spills']} spills; {loops}"
-  )
+  cycles = "no estimate of cycles"
+  if row["cycles"] is not None:
+    cycles = f"{row['cycles']:,} cycles (+ {row['cycles_of_others']:,})"
+  memory = f"{row['vmem_bytes'] / 2**20:.1f} MiB"
+  return f"{cycles}, {memory}, {row['spills']} spills; {loops}"
 
 
 _KINDS = {
@@ -245,9 +248,16 @@ def _measure(cases, report):
     with tempfile.TemporaryDirectory() as folder:
       answers, said = _work(todo, pathlib.Path(folder), report)
     if len(answers) < len(todo):
+      case = todo[len(answers)]
       error = f"the compiler's process ended: {_last(said)}"
-      report(f"{todo[len(answers)]}: {error}")
-      answers.append({"error": error})
+      report(f"{case}: {error}")
+      answer: dict[str, Any] = {"error": error}
+      if static_tpu.NO_ESTIMATE in error:
+        # The kernel compiles, only the estimate of it does not end well.
+        with tempfile.TemporaryDirectory() as folder:
+          again, _ = _work([case], pathlib.Path(folder), report, estimate=False)
+        answer = again[0] if again else answer
+      answers.append(answer)
     for case, answer in zip(todo, answers, strict=False):
       head = dataclasses.asdict(case) | {"shape": list(case.shape)}
       found = answer.pop("kernels", None)
@@ -256,13 +266,13 @@ def _measure(cases, report):
   return rows
 
 
-def _work(cases, folder, report):
+def _work(cases, folder, report, estimate=True):
   """Answers of one worker, fewer than cases if it dies, and its errors."""
   compiler = COMPILERS[cases[0].platform]
   drop = {"XLA_FLAGS", "LIBTPU_INIT_ARGS", "PYTHONPATH", "PYTHONSAFEPATH"}
   env = {k: v for k, v in os.environ.items() if k not in drop}
   env |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-  env |= compiler.environment(folder)
+  env |= compiler.environment(folder, estimate)
   answers: list[dict[str, Any]] = []
   with tempfile.TemporaryFile("w+") as said:
     worker = subprocess.Popen(
@@ -331,10 +341,12 @@ def _numbered(rows):
 
 
 def _figure(row, name):
+  largest = (row.get("loops") or [{}])[0]
   if name == "loop_instructions":
-    # Of a GPU only: a TPU's cycles count trips as well.
-    loops = row.get("loops") or [{}]
-    return loops[0].get("instructions")
+    return largest.get("instructions")
+  if name == "loop_bundles":
+    # A TPU's cycles count the trips as well.
+    return largest.get("bundles") if row.get("cycles") is None else None
   return row.get(name)
 
 

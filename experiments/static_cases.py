@@ -72,13 +72,7 @@ def table_cases(chips: Iterable[str]) -> list[Case]:
     for op, variants in _variants(chip).items()
     for variant in variants
     for program in ("forward", "gradient")
-    if (chip, op, program) not in _NOT_ESTIMATED
   ]
-
-
-# It compiles; libtpu 0.0.52's estimate of it ends the process, as it counts
-# more results in the queue of the lane unit than that has places.
-_NOT_ESTIMATED = {("tpu7x", "selective_scan", "gradient")}
 
 
 def quick_cases() -> list[Case]:

@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 __all__ = [
+  "NO_ESTIMATE",
   "compiler",
   "devices",
   "dumping",
@@ -29,6 +30,7 @@ __all__ = [
 # Slots that compute. A loop that hardly uses them starts copies and counts.
 _COMPUTES = ("MATMUL", "XLU", "VALU", "EUP")
 _LEAST_BUNDLES = 8
+NO_ESTIMATE = "Static LLO profiling of"
 _DUMPS = (
   "original",
   "final_bundles",
@@ -44,11 +46,25 @@ def missing() -> str | None:
   return None
 
 
-def environment(folder: pathlib.Path) -> dict[str, str]:
-  """What a process must have in its environment to compile and to tell."""
-  dumps = {name: folder / name for name in ("llo", "profile")}
-  for path in dumps.values():
-    path.mkdir()
+def environment(folder: pathlib.Path, estimate: bool = True) -> dict[str, str]:
+  """What a process must have in its environment to compile and to tell.
+
+  Args:
+    folder: for the dumps.
+    estimate: ask for cycles. The compiler's simulator gives up on some kernels
+      (and their process, saying `NO_ESTIMATE`) that the compiler itself takes.
+  """
+  llo, profile = folder / "llo", folder / "profile"
+  flags = [
+    f"--xla_jf_dump_to={llo}",
+    "--xla_jf_dump_llo_text=true",
+    # All of its seventy passes take minutes and gigabytes.
+    f"--xla_jf_dump_llo_pass_label_regex={'|'.join(_DUMPS)}",
+  ]
+  llo.mkdir()
+  if estimate:
+    profile.mkdir()
+    flags.append(f"--xla_jf_dump_static_llo_profile_to={profile}")
   return {
     "TPU_LIBRARY_PATH": str(_library()),
     # Without it two processes that compile at the same time get in each
@@ -59,12 +75,7 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_LOG_DIR": "disabled",
     "TPU_MIN_LOG_LEVEL": "3",
-    "LIBTPU_INIT_ARGS": (
-      f"--xla_jf_dump_to={dumps['llo']} --xla_jf_dump_llo_text=true"
-      # All of its seventy passes take minutes and gigabytes.
-      f" --xla_jf_dump_llo_pass_label_regex={'|'.join(_DUMPS)}"
-      f" --xla_jf_dump_static_llo_profile_to={dumps['profile']}"
-    ),
+    "LIBTPU_INIT_ARGS": " ".join(flags),
   }
 
 
@@ -102,8 +113,9 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
     text: of the compiled program.
 
   Returns:
-    One dict for each kernel: its name; cycles (estimated); cycles_of_others
-    (of all other HLO ops of the program, each counted once); vmem_bytes; spills
+    One dict for each kernel: its name; cycles (estimated, None if that was not
+    asked for); cycles_of_others (of all other HLO ops of the program, each
+    counted once); vmem_bytes; spills
     (stores to memory for lack of registers, in the loops below); and loops, the
     innermost ones by size: bundles, and the share of each kind of slot in use.
 
@@ -116,7 +128,7 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
     cycles[name] = _cycles(path)
   calls = kernel_calls(text)
   missing = [name for name in calls if name not in cycles]
-  if missing:
+  if missing and (folder / "profile").exists():
     raise RuntimeError(
       f"static: no estimate of {', '.join(missing)}; the compiler wrote some of"
       f" {', '.join(sorted(cycles)) or 'nothing'}."
@@ -132,8 +144,8 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
     rows.append(
       {
         "kernel": re.sub(r"\.\d+$", "", name),
-        "cycles": cycles[name],
-        "cycles_of_others": others,
+        "cycles": cycles.get(name),
+        "cycles_of_others": others if cycles else None,
         "vmem_bytes": _vmem(dump("original").read_text()),
         "spills": sum(loop.pop("spills") for loop in loops),
         "loops": loops,

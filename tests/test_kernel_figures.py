@@ -219,6 +219,31 @@ def test_table_keeps_other_rows_one_a_line(tmp_path, monkeypatch):
     static.write_table(path, [other])
 
 
+def test_kernel_without_an_estimate_has_the_other_figures(
+  monkeypatch, tmp_path
+):
+  """The TPU compiler's simulator gives up on kernels that do compile."""
+  asked = []
+
+  def work(cases, folder, report, estimate=True):
+    asked.append(estimate)
+    if estimate:
+      return [], f"F1122 x.cc:1] {static_tpu.NO_ESTIMATE} scan.1 failed: no."
+    return [{"kernels": [TPU | {"cycles": None}]}], ""
+
+  monkeypatch.setattr(static, "_work", work)
+  monkeypatch.setattr(static_tpu, "missing", lambda: None)
+  (row,) = static.measure([dataclasses.replace(CASE, chip="v5e")])
+  assert asked == [True, False]
+  assert row["cycles"] is None
+  assert row["vmem_bytes"] == TPU["vmem_bytes"]
+  static.print_table([row])
+  assert static.regressions([row], {"rows": [row]}) == ([], [])
+  longer = row | {"loops": [row["loops"][0] | {"bundles": 60}]}
+  (said,), _ = static.regressions([longer], {"rows": [row]})
+  assert "loop_bundles was 50, is 60" in said
+
+
 @pytest.mark.parametrize("end", ["abort", "refuse", "fail", "hang"])
 def test_worker_that_ends_costs_its_own_case_only(monkeypatch, tmp_path, end):
   """Compilers abort, and hang; the cases after that are compiled."""
