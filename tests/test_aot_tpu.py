@@ -90,11 +90,16 @@ def test_sharded_train_step_compiles_for_tpus(mesh):
 def test_forward_compiles_for_tpus(mesh, mixer):
   mixers = {"mamba": CONFIG.mixers, "attention": (AttentionConfig(2),)}
   config = ModelConfig(512, 128, 2, mixers=mixers[mixer])
-  compiled = compile_forward(lambda m, x: m(x), config, mesh)
-  logits, _ = compiled.out_info
+  compiled = compile_forward(lambda m, x: m(x)[0], config, mesh)
+  logits = compiled.out_info
   assert logits.shape == (BATCH, LENGTH, 512)
   assert logits.dtype == jnp.float32
   assert "all-reduce" not in compiled.as_text()
+
+
+def test_a_kernel_under_jit_alone_on_several_chips_asks_for_shard_map(mesh):
+  with pytest.raises(NotImplementedError, match="shard_map"):
+    compile_forward(lambda m, x: m(x)[0], CONFIG, mesh, wrap=lambda f: f)
 
 
 @pytest.mark.nightly
@@ -178,12 +183,19 @@ def directions(text):
   return {name.split(".")[0].split("_")[-1] for name in kernel_calls(text)}
 
 
-def compile_forward(function, config, mesh):
+def compile_forward(function, config, mesh, wrap=None):
   model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
   tokens = jax.ShapeDtypeStruct(
     (BATCH, LENGTH), jnp.int32, sharding=on(mesh, "data")
   )
-  return jax.jit(function).lower(put(model, mesh), tokens).compile()
+  # A kernel is not divided by the compiler: each chip calls it on its rows.
+  wrap = wrap or functools.partial(
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=(jax.P(), jax.P("data")),
+    out_specs=jax.P("data"),
+  )
+  return jax.jit(wrap(function)).lower(put(model, mesh), tokens).compile()
 
 
 def abstract_state(config, optimizer):

@@ -87,7 +87,9 @@ def selective_scan(
     implementation: `"reference"` (a loop), `"associative"`
       (`jax.lax.associative_scan`, differentiable to any order, memory
       B·T·D·N), `"chunked"` (memory B·D·N·T/chunk), `"pallas"` (fused kernel),
-      or None: the kernel on TPU and GPU where there is one, else chunked.
+      or None: the kernel on TPU and GPU where there is one, else chunked. Over
+      several chips a kernel needs `jax.shard_map` around it: `jax.jit` alone
+      cannot divide it, and says so.
 
   Returns:
     y `[B, T, D]` of u's dtype, and the state after the last non-padding token,
