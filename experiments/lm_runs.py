@@ -66,12 +66,14 @@ class Text:
     tokenizer: to encode prompts and decode samples.
     train: tokens of the training documents.
     held_out: tokens of the held-out documents.
-    held_out_documents: these documents' bytes.
+    train_documents: the training documents' bytes.
+    held_out_documents: the held-out documents' bytes.
   """
 
   tokenizer: data.Tokenizer
   train: data.TextCorpus
   held_out: data.TextCorpus
+  train_documents: tuple[bytes, ...]
   held_out_documents: tuple[bytes, ...]
 
 
@@ -213,6 +215,7 @@ def read_text(settings: TextSettings) -> Text:
     tokenizer,
     data.encode_documents(train, tokenizer),
     data.encode_documents(held_out, tokenizer),
+    train,
     held_out,
   )
 
