@@ -22,7 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import selective_scan_gpu_block as on
 from kernels_pallas import selective_scan_gpu_plan as planning
 from kernels_pallas.costs import selective_scan_cost
-from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling, default_tiling
+from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling
+from kernels_pallas.selective_scan_gpu_tiling import check_size, default_tiling
 from ssmjax.types import Array
 
 __all__ = ["Tiling", "default_tiling", "forward"]
@@ -63,13 +64,16 @@ def forward(
   u, B = rows["u"], rows["B"]
   assert u is not None
   assert B is not None
+  itemsize = on.widest(rows)
   if tiling is None:
-    tiling = default_tiling(B.shape[2], itemsize=u.dtype.itemsize)
+    tiling = default_tiling(B.shape[2], ones=ones, itemsize=itemsize)
   plan = planning.plan(rows, shared, ones, tiling)
   inputs = on.kernel_inputs(plan, rows, shared)
   if rows["initial_state"] is not None:
     for name, x in plan.split_state(rows["initial_state"]).items():
       inputs[f"initial {name}"] = x
+  if interpret is False:
+    inputs["u"] = check_size(plan, inputs["u"], itemsize, backward=False)
   time, depth = plan.time, plan.depth
   f32 = jnp.dtype("float32")
   shapes: dict[str, tuple[tuple[int, ...], jnp.dtype]] = dict(
@@ -99,8 +103,10 @@ def forward(
   named = dict(zip(shapes, planning.vary_like(u, out), strict=True))
   y = named["y"][:, : plan.length, : plan.channels]
   final = plan.join_state({k: named[f"final {k}"] for k in plan.parts})
-  states = tuple(named[f"states {k}"] for k in plan.parts) if keep else None
-  return y, final, states
+  if not keep:
+    return y, final, None
+  width = plan.channels
+  return y, final, tuple(named[f"states {k}"][:, :, :width] for k in plan.parts)
 
 
 def _advance(plan: Plan, slots, t, h, rates, dt, dx, first):
@@ -136,11 +142,12 @@ def _forward_body(plan, softplus_on, inputs, outputs, *refs):
   rates = on.load_rates(plan, refs, group, start)
   bias = on.load_vector(plan, refs, "delta_bias", group, start)
   skip = on.load_vector(plan, refs, "D", group, start)
-  if "initial learned" in refs:
+  if any(name.startswith("initial ") for name in refs):
     h = on.load_states(plan, refs, "initial", (row,), start)
   else:
     h = on.zero_states(plan)
   names = [n for n in ("u", "delta", "z", "tokens") if n in refs]
+  keep = any(name.startswith("states ") for name in refs)
   blocks, block_rows = on.blocks_of_rows(plan)
   shape = (block_rows, plan.tiling.width)
 
@@ -149,7 +156,7 @@ def _forward_body(plan, softplus_on, inputs, outputs, *refs):
     *slots, h = slots_and_carry
     slots = dict(zip(names, slots, strict=True))
     first = on.chunk_first(plan, index)
-    if "states learned" in refs:
+    if keep:
       on.store_states(plan, refs, "states", (row, index), start, h)
     for block in blocks:
       valid = on.token_valid(plan, slots, block, shape)

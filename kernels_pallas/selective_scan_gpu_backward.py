@@ -1,34 +1,27 @@
 """The selective scan on GPU (Mosaic): backward pass.
 
-A block goes back through time with the cotangent of its state in registers. It
-walks each chunk twice. First forward from the state that the forward pass
-kept, leaving the state every few steps in shared memory; then, a few steps at
-a time from the last, forward again with all states and decays in registers
-and back through them.
-
-The cotangents of B and C are sums over channels, which lie across threads.
-The products of a few steps go to shared memory, where each thread adds up one
-column, (step, array, n), in a fixed order: no atomics, and the same bits in
-every run. One float32 partial per tile is left to add.
+`selective_scan_gpu_adjoint` says what a block does. Here is what is around it:
+the arrays that go in and come out, and the passes that a large N takes. One
+pass has so many of a channel's state elements as registers and shared memory
+hold; all cotangents are sums over N or parts of it, so that passes add up.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import selective_scan_gpu_adjoint as adjoint
 from kernels_pallas import selective_scan_gpu_block as on
 from kernels_pallas import selective_scan_gpu_plan as planning
 from kernels_pallas.costs import selective_scan_cost
-from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling, default_tiling
+from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling
+from kernels_pallas.selective_scan_gpu_tiling import check_size, default_tiling
 from ssmjax.types import Array
 
 __all__ = ["backward"]
-
-_LN2 = 0.6931471805599453
 
 
 def backward(
@@ -51,7 +44,7 @@ def backward(
     shared: those of `forward`.
     delta_softplus: that of `forward`.
     ones: that of `forward`.
-    tiling: the division of work, with the `chunk` of `forward`.
+    tiling: the division of work, with `forward`'s lanes, chunk and states.
     interpret: False, or `plgpu.InterpretGPUParams()`.
 
   Returns:
@@ -59,21 +52,66 @@ def backward(
     per row, float32: initial_state `[R, N, D]`, A `[R, N - ones, D]`, D and
     delta_bias `[R, D]`. Absent where the argument is None.
   """
-  u, B = rows["u"], rows["B"]
+  u, B, states = rows["u"], rows["B"], rows["states"]
   assert u is not None
   assert B is not None
+  assert states is not None
+  itemsize = on.widest(rows)
   if tiling is None:
     tiling = default_tiling(
-      B.shape[2], itemsize=u.dtype.itemsize, backward=True
+      B.shape[2], ones=ones, itemsize=itemsize, backward=True
     )
   plan = planning.plan(rows, shared, ones, tiling)
+  if interpret is False:
+    checked = check_size(plan, u, itemsize, backward=True)
+    rows = rows | dict(u=checked)
+  run = functools.partial(
+    _run_pass, softplus_on=delta_softplus, interpret=interpret
+  )
+  if len(plan.passes) == 1:
+    return run(plan, rows, shared)
+  found, kept = [], list(states)
+  for part, own in plan.passes:
+    mine, kept = kept[: len(own.parts)], kept[len(own.parts) :]
+    found.append(run(*_part(part, own, rows, shared, ones, mine), wide=True))
+  return _sum_of_passes(rows, found)
+
+
+def _part(part, plan, rows, shared, ones, states):
+  """Plan, rows and shared of a pass over some of N."""
+  at_rates = slice(max(part.start - ones, 0), max(part.stop - ones, 0))
+  rows = rows | dict(states=states, d_final=rows["d_final"][:, part])
+  rows |= {name: rows[name][..., part] for name in ("B", "C")}
+  shared = shared | dict(A=shared["A"][:, at_rates])
+  if part.start:
+    # What has no n is of the first pass.
+    flags = tuple(flag for flag in plan.flags if flag != "direct")
+    plan = dataclasses.replace(plan, flags=flags)
+    rows, shared = rows | dict(direct=None), shared | dict(D=None)
+  return plan, rows, shared
+
+
+def _sum_of_passes(rows, found):
+  """The cotangents of all passes, from first to last."""
+  grads = dict(found[0])
+  for name in ("u", "delta", "z", "delta_bias"):
+    if name in grads:
+      total = functools.reduce(jnp.add, [own[name] for own in found])
+      like = rows.get(name)
+      grads[name] = total if like is None else total.astype(like.dtype)
+  for name, axis in (("B", 2), ("C", 2), ("initial_state", 1), ("A", 1)):
+    grads[name] = jnp.concatenate([own[name] for own in found], axis)
+  return grads
+
+
+def _run_pass(plan, rows, shared, *, softplus_on, interpret, wide=False):
+  """The cotangents of one pass; all in float32 if `wide`."""
+  u = rows["u"]
   inputs = on.kernel_inputs(plan, rows, shared)
-  states, d_final = rows["states"], rows["d_final"]
-  assert states is not None
-  assert d_final is not None
-  for name, x in zip(plan.parts, states, strict=True):
-    inputs[f"states {name}"] = x
-  for name, x in plan.split_state(d_final).items():
+  for name, x in zip(plan.parts, rows["states"], strict=True):
+    gap = (0, plan.depth - plan.channels)
+    inputs[f"states {name}"] = jnp.pad(x, ((0, 0), (0, 0), gap, (0, 0)))
+  for name, x in plan.split_state(rows["d_final"]).items():
     inputs[f"d_final {name}"] = x
   f32 = jnp.dtype("float32")
   whole = (plan.rows, plan.time, plan.depth)
@@ -81,13 +119,12 @@ def backward(
   for name in ("u", "delta", "z"):
     argument = rows[name]
     if argument is not None:
-      shapes[name] = (whole, argument.dtype)
+      shapes[name] = (whole, f32 if wide else argument.dtype)
   for name, size in plan.parts.items():
     shapes[f"initial {name}"] = ((plan.rows, plan.depth, size), f32)
     if planning.decays(name):
       shapes[f"rates {name}"] = ((plan.rows, plan.depth, size), f32)
-  pairs = _pairs(plan)
-  shapes["tokens"] = ((plan.tiles, plan.rows, plan.time * pairs), f32)
+  shapes["tokens"] = ((plan.tiles, plan.rows, plan.time * plan.pairs), f32)
   if "direct" in plan.flags:
     shapes["direct"] = ((plan.tiles, plan.rows, plan.time), f32)
   sums = (plan.rows, on.blocks_of_rows(plan)[1], plan.depth)
@@ -96,17 +133,19 @@ def backward(
       shapes[f"sum {name}"] = (sums, f32)
   out = plgpu.kernel(
     functools.partial(
-      _backward_body, plan, delta_softplus, tuple(inputs), tuple(shapes)
+      adjoint.go_back, plan, softplus_on, tuple(inputs), tuple(shapes)
     ),
     out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes.values()],
-    scratch_types=_scratch(plan, delta_softplus, rows["z"] is not None),
+    scratch_types=adjoint.scratch_arrays(
+      plan, softplus_on, rows["z"] is not None
+    ),
     grid=(plan.rows * plan.tiles,),
     grid_names=("block",),
     kernel_name="selective_scan_gpu_backward",
     cost_estimate=selective_scan_cost(
       {k: x for k, x in rows.items() if k != "states"},
       shared,
-      ones=ones,
+      ones=plan.ones,
       backward=True,
     ),
     compiler_params=plgpu.CompilerParams(
@@ -118,52 +157,17 @@ def backward(
   return _gradients(plan, rows, named)
 
 
-def _pairs(plan: Plan) -> int:
-  """Columns that one step's products take: whole threads for all steps."""
-  used = 2 * sum(plan.parts.values())
-  unit = max(1, 128 // plan.tiling.unroll)
-  return -(-used // unit) * unit
-
-
-def _offsets(plan: Plan) -> dict[str, int]:
-  """Name -> first column of its products in a step's pairs."""
-  at, offsets = 0, {}
-  for array in ("B", "C"):
-    for name, size in plan.parts.items():
-      offsets[f"{array} {name}"] = at
-      at += size
-  return offsets
-
-
-def _scratch(plan: Plan, softplus_on: bool, gated: bool):
-  """Shared memory by name."""
-  tiling, f32 = plan.tiling, jnp.float32
-  block = plgpu.SMEM((tiling.chunk, tiling.width), f32)
-  scratch = dict.fromkeys(("dt", "dx", "d_out", "d_rate"), block)
-  if softplus_on:
-    scratch["slope"] = block
-  if gated:
-    scratch["y"] = block
-  for name, size in plan.parts.items():
-    starts = (tiling.chunk // tiling.unroll, tiling.width, size)
-    scratch[f"start {name}"] = plgpu.SMEM(starts, f32)
-  columns = tiling.unroll * _pairs(plan)
-  products = (128 // tiling.lanes, columns)
-  scratch["products"] = plgpu.SMEM(products, f32)
-  return scratch
-
-
 def _gradients(plan: Plan, rows, named):
   """The cotangents of the contract from what the kernel wrote."""
   cut = lambda x: x[:, : plan.length, : plan.channels]
   grads = {k: cut(named[k]) for k in ("u", "delta", "z") if k in named}
-  pairs = _pairs(plan)
-  tokens = named["tokens"].reshape(plan.tiles, plan.rows, plan.time, pairs)
+  shape = (plan.tiles, plan.rows, plan.time, plan.pairs)
+  tokens = named["tokens"].reshape(shape)
   tokens = tokens.sum(0)[:, : plan.length]
   if rows["valid"] is not None:
     mask = rows["valid"][..., None]
     tokens = jnp.where(mask, tokens, jnp.zeros_like(tokens))
-  offsets = _offsets(plan)
+  offsets = adjoint.offsets(plan)
   for array in ("B", "C"):
     pieces = []
     for name, (_, start, stop) in plan.in_order:
@@ -178,327 +182,15 @@ def _gradients(plan: Plan, rows, named):
   grads["initial_state"] = plan.join_state(
     {name: named[f"initial {name}"] for name in plan.parts}
   )
-  grads["A"] = plan.join_state(
-    {
-      name: named[f"rates {name}"]
-      for name in plan.parts
-      if planning.decays(name)
-    }
+  rates = {
+    name: named[f"rates {name}"] for name in plan.parts if planning.decays(name)
+  }
+  grads["A"] = (
+    plan.join_state(rates)
+    if rates
+    else jnp.zeros((plan.rows, 0, plan.channels), jnp.float32)
   )
   for name in ("D", "delta_bias"):
     if f"sum {name}" in named:
       grads[name] = named[f"sum {name}"].sum(1)[:, : plan.channels]
   return grads
-
-
-def _backward_body(plan, softplus_on, inputs, outputs, *refs, **scratch):
-  out = dict(zip(outputs, refs[len(inputs) :], strict=True))
-  refs = dict(zip(inputs, refs[: len(inputs)], strict=True))
-  place = on.block_place(plan)
-  row, _, group, start = place
-  rates = on.load_rates(plan, refs, group, start)
-  bias = on.load_vector(plan, refs, "delta_bias", group, start)
-  skip = on.load_vector(plan, refs, "D", group, start)
-  names = [n for n in ("u", "delta", "z", "d_y", "tokens") if n in refs]
-  blocks, block_rows = on.blocks_of_rows(plan)
-  unroll = plan.tiling.unroll
-  pieces = plan.tiling.chunk // unroll
-
-  def chunk(index, *slots_and_carry):
-    chunk = plan.chunks - 1 - index[0]
-    *slots, (g, d_rates, sums) = slots_and_carry
-    slots = dict(zip(names, slots, strict=True))
-    first = on.chunk_first(plan, chunk)
-    at = jnp.minimum(
-      chunk * plan.tiling.chunk, jnp.int32(plan.time - plan.tiling.chunk)
-    )
-    _prepare(plan, softplus_on, bias, slots, blocks, scratch, out, place, at)
-    if plan.ragged:
-      on.meet()
-      own = (scratch[k] for k in ("dt", "dx", "d_out"))
-      on.blank_before(plan, first, *own)
-    on.meet()
-    state = lambda h, k, p: _state_step(plan, slots, scratch, rates, first, h,
-                                        p * unroll + k)  # fmt: skip
-
-    def leave(p, h):
-      _store_start(plan, scratch, p, h)
-      for k in range(unroll):
-        h = state(h, k, p)[0]
-      return h
-
-    h = on.load_states(plan, refs, "states", (row, chunk), start)
-    h = lax.fori_loop(jnp.int32(0), jnp.int32(pieces - 1), leave, h)
-    _store_start(plan, scratch, jnp.int32(pieces - 1), h)
-
-    def piece(i, carry):
-      g, d_rates = carry
-      p = pieces - 1 - i
-      h = _load_start(plan, scratch, p)
-      steps = []
-      for k in range(unroll):
-        h, *rest = state(h, k, p)
-        steps.append((h, *rest))
-      for k in reversed(range(unroll)):
-        g, d_rates = _step_back(
-          plan, slots, scratch, rates, place, g, d_rates, steps[k], k,
-          p * unroll + k,
-        )  # fmt: skip
-      on.meet()
-      _add_up(plan, scratch, out, place, at + p * unroll)
-      on.meet()
-      return g, d_rates
-
-    carry = (g, d_rates)
-    g, d_rates = lax.fori_loop(jnp.int32(0), jnp.int32(pieces), piece, carry)
-    for block in blocks:
-      sums = _finish(
-        plan, skip, slots, scratch, out, place, block, at, first, sums
-      )
-    # Nobody may still read what the next copies overwrite.
-    on.meet()
-    return g, d_rates, sums
-
-  shape = (block_rows, plan.tiling.width)
-  zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plan.block_layout)
-  sums = {k: zero for k in ("D", "delta_bias") if f"sum {k}" in out}
-  g = on.load_states(plan, refs, "d_final", (row,), start)
-  d_rates = [
-    {name: x for name, x in h.items() if planning.decays(name)}
-    for h in on.zero_states(plan)
-  ]
-  g, d_rates, sums = plgpu.emit_pipeline(
-    chunk,
-    grid=(plan.chunks,),
-    in_specs=on.chunk_specs(plan, names, lambda i: plan.chunks - 1 - i),
-    max_concurrent_steps=plan.tiling.stages,
-    init_carry=(g, d_rates, sums),
-  )(*on.chunk_refs(plan, refs, names, row, start))
-  on.store_states(plan, out, "initial", (row,), start, g)
-  channels = 128 // plan.tiling.lanes
-  for j, x in enumerate(d_rates):
-    own = pl.ds(start + j * channels, channels)
-    for name in x:
-      to = out[f"rates {name}"].at[row, own]
-      plgpu.store(to, x[name], optimized=False)
-  for name, x in sums.items():
-    to = out[f"sum {name}"].at[row, :, pl.ds(start, plan.tiling.width)]
-    plgpu.store(to, x, optimized=False)
-
-
-def _prepare(plan, softplus_on, bias, slots, blocks, scratch, out, place, at):
-  """Everything about a chunk that needs no state, for all threads at once."""
-  for block in blocks:
-    shape = (block.size, plan.tiling.width)
-    valid = on.token_valid(plan, slots, block, shape)
-    dt, slope, u = on.step_sizes(plan, softplus_on, bias, slots, block, valid)
-    d_out = on.load_wide(slots["d_y"].at[block], plan.block_layout)
-    if "z" in slots:
-      z = on.load_wide(slots["z"].at[block], plan.block_layout)
-      d_out = d_out * (z * on.sigmoid(z))
-    if valid is not None:
-      d_out = jnp.where(valid, d_out, jnp.zeros_like(d_out))
-    named = dict(dt=dt, dx=dt * u, d_out=d_out)
-    if slope is not None:
-      named["slope"] = slope
-    for name, x in named.items():
-      plgpu.store(scratch[name].at[block], x, optimized=False)
-    if "direct" in out:
-      row, tile, _, start = place
-      product = d_out * named["dx"]
-      if plan.depth % plan.tiling.width:
-        index = plgpu.broadcasted_iota(
-          jnp.int32, shape, 1, layout=plan.block_layout
-        )
-        new = index >= tile * plan.tiling.width - start
-        product = jnp.where(new, product, jnp.zeros_like(product))
-      to = out["direct"].at[tile, row, pl.ds(at + block.start, block.size)]
-      plgpu.store(to, jnp.sum(product, axis=1), optimized=False)
-
-
-def _state_step(plan, slots, scratch, rates, first, h, t):
-  """The states after step t, those before it that count, and the decays."""
-  channels = 128 // plan.tiling.lanes
-  reset = on.reset_at(plan, slots, t, first)
-  dt, dx = (on.copy_rows(plan, scratch[k], t) for k in ("dt", "dx"))
-  maps = {name: on.token_map(plan, slots, t, "B", name) for name in plan.parts}
-  after, before, decays = [], [], []
-  for j in range(plan.tiling.copies):
-    old, new, decay = on.forget(h[j], reset), {}, {}
-    for name, size in plan.parts.items():
-      shape = (channels, size)
-      write = on.spread(dx[j], shape, 0) * on.spread(maps[name], shape, 1)
-      if planning.decays(name):
-        decay[name] = jnp.exp2(on.spread(dt[j], shape, 0) * rates[j][name])
-        new[name] = decay[name] * old[name] + write
-      else:
-        new[name] = old[name] + write
-    after.append(new)
-    before.append(old)
-    decays.append(decay)
-  return tuple(after), before, decays, reset
-
-
-def _step_back(
-  plan, slots, scratch, rates, place, g, d_rates, step, k, t
-):  # fmt: skip
-  """Go back through step t, the kth of its piece."""
-  after, before, decays, reset = step
-  channels = 128 // plan.tiling.lanes
-  dt, dx, d_out = (
-    on.copy_rows(plan, scratch[name], t) for name in ("dt", "dx", "d_out")
-  )
-  new = _new_channels(plan, place)
-  new_dx = [x * n for x, n in zip(dx, new, strict=True)] if new else dx
-  new_out = [x * n for x, n in zip(d_out, new, strict=True)] if new else d_out
-  maps = {
-    (array, name): on.token_map(plan, slots, t, array, name)
-    for name in plan.parts
-    for array in ("B", "C")
-  }
-  direct = on.token_direct(plan, slots, t)
-  d_dx: list = [0] * plan.tiling.copies
-  y: list = [0] * plan.tiling.copies
-  if direct is not None:
-    d_dx = [direct * x for x in d_out]
-    y = [direct * x for x in dx]
-  g_new: list = [{} for _ in g]
-  products = {}
-  for j in range(plan.tiling.copies):
-    for name, size in plan.parts.items():
-      shape = (channels, size)
-      down = lambda x, shape=shape: on.spread(x, shape, 0)
-      B, C = (on.spread(maps[a, name], shape, 1) for a in ("B", "C"))
-      now = g[j][name] + C * down(d_out[j])
-      g_new[j][name] = now
-      d_dx[j] = d_dx[j] + jnp.sum(now * B, axis=1)
-      if "z" in slots:
-        y[j] = y[j] + jnp.sum(after[j][name] * C, axis=1)
-      for array, x in (
-        ("B", now * down(new_dx[j])),
-        ("C", after[j][name] * down(new_out[j])),
-      ):
-        key = f"{array} {name}"
-        products[key] = products[key] + x if key in products else x
-  base, offsets = k * _pairs(plan), _offsets(plan)
-  for key, x in products.items():
-    own = pl.ds(base + offsets[key], x.shape[1])
-    to = scratch["products"].at[:, own]
-    plgpu.store(to, x, optimized=False)
-  d_rate, d_rates = [], [dict(x) for x in d_rates]
-  for j in range(plan.tiling.copies):
-    for name, decay in decays[j].items():
-      g_new[j][name] = g_new[j][name] * decay
-    g_new[j] = on.forget(g_new[j], reset)
-    total: list = []
-    for name in decays[j]:
-      through = g_new[j][name] * before[j][name]
-      total.append(jnp.sum(through * rates[j][name], axis=1))
-      d_rates[j][name] = d_rates[j][name] + through * on.spread(
-        dt[j], through.shape, 0
-      )
-    d_rate.append(functools.reduce(jnp.add, total))
-  # Δu of this step has been read for the last time.
-  on.store_rows(plan, scratch["dx"], t, d_dx)
-  on.store_rows(plan, scratch["d_rate"], t, d_rate)
-  if "z" in slots:
-    on.store_rows(plan, scratch["y"], t, y)
-  return tuple(g_new), d_rates
-
-
-def _new_channels(plan, place):
-  """1 for channels that no tile before has, 0 for the rest; per copy."""
-  if plan.depth % plan.tiling.width == 0:
-    return None
-  _, tile, _, start = place
-  channels = 128 // plan.tiling.lanes
-  iota = plgpu.broadcasted_iota(
-    jnp.int32, (channels,), 0, layout=plan.row_layout
-  )
-  first = tile * plan.tiling.width - start
-  return [
-    jnp.where(iota + j * channels >= first, 1.0, 0.0).astype(jnp.float32)
-    for j in range(plan.tiling.copies)
-  ]
-
-
-def _add_up(plan, scratch, out, place, t):
-  """Sum the products of a piece over channels, a column to a thread."""
-  row, tile, _, _ = place
-  pairs = _pairs(plan)
-  columns = plan.tiling.unroll * pairs
-  tiles = plgpu.Tiling(((1, 128), (32,), (1,)))
-  layout = plgpu.Layout.TILED(tiles, (-3,), (-2,), -1)
-  products = on.load_wide(scratch["products"], layout)
-  to = out["tokens"].at[tile, row, pl.ds(t * pairs, columns)]
-  plgpu.store(to, jnp.sum(products, axis=0), optimized=False)
-
-
-def _store_start(plan, scratch, p, h):
-  """Leave the state at the start of piece p."""
-  channels = 128 // plan.tiling.lanes
-  for j, parts in enumerate(h):
-    for name, x in parts.items():
-      to = scratch[f"start {name}"].at[p, pl.ds(j * channels, channels)]
-      plgpu.store(to, x, optimized=False)
-
-
-def _load_start(plan, scratch, p):
-  """The reverse of `_store_start`."""
-  channels = 128 // plan.tiling.lanes
-  return tuple(
-    {
-      name: on.load_wide(
-        scratch[f"start {name}"].at[p, pl.ds(j * channels, channels)],
-        plan.layout(name),
-      )
-      for name in plan.parts
-    }
-    for j in range(plan.tiling.copies)
-  )
-
-
-def _finish(plan, skip, slots, scratch, out, place, block, at, first, sums):
-  """The cotangents of a block of rows, and their sums over time."""
-  row, _, _, start = place
-  shape = (block.size, plan.tiling.width)
-  load = lambda ref: on.load_wide(ref.at[block], plan.block_layout)
-  u, dt, d_dx, d_out = (
-    load(x)
-    for x in (slots["u"], scratch["dt"], scratch["dx"], scratch["d_out"])
-  )
-  use = on.token_valid(plan, slots, block, shape)
-  if use is not None:
-    u = jnp.where(use, u, jnp.zeros_like(u))
-  if plan.ragged:
-    # Steps of the chunk before are added, and overwritten, with that chunk.
-    index = plgpu.broadcasted_iota(
-      jnp.int32, shape, 0, layout=plan.block_layout
-    )
-    own = index + block.start >= first
-    use = own if use is None else use & own
-  factor = None if skip is None else on.spread(skip, shape, 1)
-  d_dt = d_dx * u + load(scratch["d_rate"]) * _LN2
-  d_u = d_dx * dt
-  if factor is not None:
-    d_u = d_u + factor * d_out
-  if "slope" in scratch:
-    d_dt = d_dt * load(scratch["slope"])
-  columns = dict(u=d_u, delta=d_dt)
-  if "z" in slots:
-    z, d_y, y = load(slots["z"]), load(slots["d_y"]), load(scratch["y"])
-    if factor is not None:
-      y = y + factor * u
-    s = on.sigmoid(z)
-    columns["z"] = d_y * s * (1 + z * (1 - s)) * y
-  if use is not None:
-    columns = {
-      name: jnp.where(use, x, jnp.zeros_like(x)) for name, x in columns.items()
-    }
-  to = (row, pl.ds(at + block.start, block.size))
-  channels = pl.ds(start, plan.tiling.width)
-  for name, x in columns.items():
-    ref = out[name].at[(*to, channels)]
-    plgpu.store(ref, x.astype(ref.dtype), optimized=False)
-  added = dict(D=d_out * u, delta_bias=columns["delta"])
-  return {name: x + added[name] for name, x in sums.items()}

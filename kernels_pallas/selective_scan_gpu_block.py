@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import selective_scan_gpu_chip as chip
 from kernels_pallas import selective_scan_gpu_plan as planning
 from kernels_pallas.selective_scan_gpu_plan import Plan
 from ssmjax.types import Array
@@ -39,6 +40,7 @@ __all__ = [
   "token_map",
   "token_valid",
   "unrolled_loop",
+  "widest",
   "zero_states",
 ]
 
@@ -66,6 +68,12 @@ def kernel_inputs(plan: Plan, rows, shared) -> dict[str, Array]:
   return inputs
 
 
+def widest(rows) -> int:
+  """Bytes of an element of the widest of the arrays that have channels."""
+  named = (rows.get(name) for name in ("u", "delta", "z", "d_y"))
+  return max(x.dtype.itemsize for x in named if x is not None)
+
+
 def meet() -> None:
   """Wait for the block's other threads; see what they stored.
 
@@ -73,7 +81,7 @@ def meet() -> None:
   Hopper neither need nor have. There, waiting for all but so many copies that
   it waits for none leaves just the barrier.
   """
-  if planning.before_hopper():
+  if chip.before_hopper():
     plgpu.wait_gmem_to_smem(32)
   else:
     plgpu.commit_smem()

@@ -13,19 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend import backend
 
+from kernels_pallas import selective_scan_gpu_chip as chip
 from ssmjax.types import Array
 
-__all__ = [
-  "Plan",
-  "Tiling",
-  "before_hopper",
-  "decays",
-  "default_tiling",
-  "plan",
-  "vary_like",
-]
+__all__ = ["Plan", "Tiling", "decays", "plan", "vary_like"]
 
 _THREADS = 128
 _LOG2E = 1.4426950408889634
@@ -39,6 +31,8 @@ class Tiling:
 
   Attributes:
     lanes: threads that share a channel's state: 1, 2, 4, 8 or 16.
+    states: state elements of a channel that one backward pass takes; what N
+      has more is taken by further passes, whose cotangents are added in order.
     copies: tiles of 128 / lanes channels that one block carries.
     chunk: time steps brought to shared memory at once, a multiple of 8; the
       forward pass keeps the state at the start of each chunk.
@@ -47,6 +41,7 @@ class Tiling:
   """
 
   lanes: int = 2
+  states: int = 128
   copies: int = 1
   chunk: int = 16
   unroll: int = 2
@@ -57,7 +52,7 @@ class Tiling:
       raise ValueError(
         f"Tiling: lanes is {self.lanes}, expected 1, 2, 4, 8 or 16."
       )
-    for name in ("copies", "chunk", "unroll", "stages"):
+    for name in ("states", "copies", "chunk", "unroll", "stages"):
       if getattr(self, name) < 1:
         raise ValueError(
           f"Tiling: {name} is {getattr(self, name)}, expected 1 or more."
@@ -131,31 +126,51 @@ class Plan:
   def spans(self) -> dict[str, tuple[int, int, int]]:
     """Name -> columns, padded, and first and last + 1 of N, of a part.
 
-    What decays and what does not is kept apart, and each split in at most two
-    so that a part's columns are lanes · 2^k: the sizes that vector loads and
-    swizzled shared memory are made for.
+    What decays and what does not is kept apart, what one backward pass takes
+    from the next, and each split in at most two so that a part's columns are
+    lanes · 2^k: the sizes that vector loads and swizzled shared memory are
+    made for.
     """
-    lanes, spans = self.tiling.lanes, {}
-    end = self.ones + self.learned
-    for name, start, stop in (
-      ("learned", self.ones, end),
-      ("ones", 0, self.ones),
-    ):
-      if start == stop:
-        continue
-      # An array of one column has no layout that the compiler would find.
-      least = -(-2 // lanes)
-      each = max(least, -(-(stop - start) // lanes))
-      size = 1 << (each.bit_length() - 1)
-      rest = each - size
-      if rest and 1 << (rest - 1).bit_length() == size:
-        size, rest = 2 * size, 0
-      middle = min(stop, start + size * lanes)
-      spans[name] = (size * lanes, start, middle)
-      if rest:
-        rest = lanes << (max(least, rest) - 1).bit_length()
-        spans[f"{name} rest"] = (rest, middle, stop)
+    end, each = self.ones + self.learned, self.tiling.states
+    spans: dict[str, tuple[int, int, int]] = {}
+    for i, first in enumerate(range(0, end, each)):
+      last = min(first + each, end)
+      middle = min(max(first, self.ones), last)
+      number = f" {i}" if i else ""
+      spans |= self._halves(f"learned{number}", middle, last)
+      spans |= self._halves(f"ones{number}", first, middle)
     return spans
+
+  def _halves(self, name, start, stop):
+    """The spans of a part, with the least padding that a power of two has."""
+    if start == stop:
+      return {}
+    lanes = self.tiling.lanes
+    # An array of one column has no layout that the compiler would find.
+    least = -(-2 // lanes)
+    each = max(least, -(-(stop - start) // lanes))
+    size = 1 << (each.bit_length() - 1)
+    rest = each - size
+    if rest and 1 << (rest - 1).bit_length() == size:
+      size, rest = 2 * size, 0
+    middle = min(stop, start + size * lanes)
+    spans = {name: (size * lanes, start, middle)}
+    if rest:
+      rest = lanes << (max(least, rest) - 1).bit_length()
+      spans[f"{name} rest"] = (rest, middle, stop)
+    return spans
+
+  @property
+  def passes(self) -> "list[tuple[slice, Plan]]":
+    """The parts of N that the backward pass takes, each with its plan."""
+    end, each = self.ones + self.learned, self.tiling.states
+    found = []
+    for first in range(0, end, each):
+      last = min(first + each, end)
+      ones = min(max(self.ones - first, 0), last - first)
+      own = dataclasses.replace(self, ones=ones, learned=last - first - ones)
+      found.append((slice(first, last), own))
+    return found
 
   @property
   def parts(self) -> dict[str, int]:
@@ -178,6 +193,13 @@ class Plan:
     columns["end"] = at + 1 + (4 if (at + 1) % 8 == 0 else 0)
     return columns
 
+  @property
+  def pairs(self) -> int:
+    """Columns of a step's products, for B and C, in whole threads per trip."""
+    used = 2 * sum(self.parts.values())
+    unit = max(1, _THREADS // self.tiling.unroll)
+    return -(-used // unit) * unit
+
   def layout(self, part: str):
     """Registers of a part of the state, `[128 / lanes, columns]`."""
     return self.layout_of(self.parts[part])
@@ -198,7 +220,7 @@ class Plan:
   @property
   def row_layout(self):
     """Registers of one number per channel, `[128 / lanes]`."""
-    return self.layout("learned").reduce(1)
+    return self.layout(next(iter(self.parts))).reduce(1)
 
   @property
   def block_layout(self):
@@ -326,47 +348,6 @@ def decays(part: str) -> bool:
   return part.startswith("learned")
 
 
-def default_tiling(
-  states: int, *, itemsize: int = 4, backward: bool = False
-) -> Tiling:
-  """Choose a tiling by shape and chip.
-
-  A thread holds at most 8 state elements (16 of N = 256), so that nothing
-  spills and several warps share a scheduler; then as much is in flight as
-  shared memory allows. The chunk is one for both passes.
-
-  Args:
-    states: N.
-    itemsize: bytes of u's elements.
-    backward: for the backward pass, which keeps more in shared memory.
-  """
-  lanes = 2
-  while lanes < 16 and states > lanes * 8:
-    lanes *= 2
-  chunk = 32 if before_hopper() else 16
-  tilings = [
-    Tiling(lanes=lanes, chunk=chunk, unroll=unroll, stages=stages)
-    for stages in (2, 1)
-    for unroll in ((4, 8, 2) if backward else (4,))
-  ]
-  needs = [_shared_bytes(t, states, itemsize, backward) for t in tilings]
-  major, minor = _capability()
-  small = 163 if (major, minor) in ((8, 0), (8, 7)) else 99
-  limit = 1024 * (227 if major in (9, 10) else small)
-  for tiling, need in zip(tilings, needs, strict=True):
-    if need <= limit:
-      return tiling
-  return tilings[needs.index(min(needs))]
-
-
-def before_hopper() -> bool:
-  """Whether the chip compiled for has no tensor memory accelerator.
-
-  Its copies into shared memory come in tiles of 8 rows and 32 bytes.
-  """
-  return _capability() < (9, 0)
-
-
 def plan(
   rows: dict[str, Array | None],
   shared: dict[str, Array | None],
@@ -378,7 +359,7 @@ def plan(
   assert u is not None
   assert A is not None
   count, length, channels = u.shape
-  old = before_hopper()
+  old = chip.before_hopper()
   if length < tiling.chunk and not old:
     unit = max(8, 128 // tiling.width)
     chunk = unit * max(1, length // unit)
@@ -418,28 +399,3 @@ def vary_like(like: Array, outputs: list[Array]) -> list[Array]:
     return lax.pcast(x, missing, to="varying") if missing else x
 
   return [cast(x) for x in outputs]
-
-
-def _capability() -> tuple[int, int]:
-  """The chip's compute capability; as Mosaic does, Hopper's if unknown."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  default = backend.get_default_device()
-  if device is None or device.device_kind == default.device_kind:
-    device = default
-  major, minor = getattr(device, "compute_capability", "9.0").split(".")
-  return int(major), int(minor)
-
-
-def _shared_bytes(
-  tiling: Tiling, states: int, itemsize: int, backward: bool
-) -> int:
-  """Shared memory that a block takes, gate and softplus counted in."""
-  arrays, scratch = (4, 6) if backward else (3, 3)
-  token = 4 * (2 * states + 16) + arrays * tiling.width * itemsize
-  total = tiling.chunk * (tiling.stages * token + 4 * scratch * tiling.width)
-  if backward:
-    pieces = tiling.chunk // tiling.unroll
-    total += 4 * pieces * tiling.width * states
-    columns = -(-2 * states * tiling.unroll // 128) * 128
-    total += 4 * _THREADS // tiling.lanes * columns
-  return total

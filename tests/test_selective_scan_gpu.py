@@ -14,7 +14,9 @@ from test_selective_chunked import FLOATS, NAMES, make, pull, truth
 
 from kernels_pallas import selective_scan_gpu as gpu
 from kernels_pallas import selective_scan_gpu_block as block
+from kernels_pallas import selective_scan_gpu_chip as chip
 from kernels_pallas import selective_scan_gpu_plan as planning
+from kernels_pallas import selective_scan_gpu_tiling as tilings
 from kernels_pallas.selective_scan_gpu import Tiling
 from kernels_pallas.selective_scan_gpu_backward import backward
 from ssmjax.ops.selective_fused import fused
@@ -161,6 +163,23 @@ def test_groups_of_rows_have_their_own_rates():
     np.testing.assert_array_equal(state[i], expected[1])
 
 
+@pytest.mark.parametrize(
+  ("states", "ones"), [(13, 9), pytest.param(20, 3, marks=pytest.mark.nightly)]
+)
+def test_a_state_too_large_for_one_backward_pass_takes_several(states, ones):
+  # With 9 ones the first pass has no learned channel.
+  args = make(1, 9, 32, states, ones=ones, valid=True, restart=True)
+  check(args, Tiling(lanes=4, states=8, unroll=4), ones=ones)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("states", "ones"), [(200, 130), (256, 0), (129, 1)])
+def test_large_states_equal_the_definition(states, ones, dtype):
+  masks = dict(valid=True, restart=True)
+  check(make(1, 17, 9, states, ones=ones, dtype=dtype, **masks), ones=ones)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("states", [1, 2, 7, 16, 17, 18, 32, 100])
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
@@ -179,6 +198,7 @@ def test_scan_equals_the_definition_in_every_tiling(states, lanes, length):
     lambda: Tiling(chunk=12),
     lambda: Tiling(chunk=16, unroll=3),
     lambda: Tiling(stages=0),
+    lambda: Tiling(states=0),
   ],
 )
 def test_tilings_that_cannot_be_are_refused(tiling):
@@ -187,16 +207,56 @@ def test_tilings_that_cannot_be_are_refused(tiling):
 
 
 def test_chips_before_hopper_take_whole_copy_tiles(monkeypatch):
-  monkeypatch.setattr(planning, "_capability", lambda: (8, 0))
+  monkeypatch.setattr(chip, "capability", lambda: (8, 0))
   args = make(1, 41, 20, 5, dtype=jnp.bfloat16)
   shared = dict(A=jnp.swapaxes(args["A"], 0, 1)[None])
   rows = {k: args[k] for k in ("u", "delta", "z", "direct", "valid", "restart")}
-  tiling = planning.default_tiling(5)
+  tiling = tilings.default_tiling(5)
   plan = planning.plan(rows, shared, 0, tiling)
   assert plan.tiling.chunk % 32 == 0
   assert plan.time % 8 == 0
   assert plan.depth % 16 == 0
   assert "valid" in plan.flags
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+  ("capability", "kibibytes"),
+  [((8, 0), 163), ((8, 6), 99), ((9, 0), 227), ((10, 0), 227), ((12, 0), 99)],
+)
+def test_every_state_to_256_fits_every_chip(
+  capability, kibibytes, itemsize, monkeypatch
+):
+  monkeypatch.setattr(chip, "capability", lambda: capability)
+  for states in range(1, 257):
+    for ones in {0, 1, states // 2, states - 1} - {states}:
+      kept = set()
+      for which in (False, True):
+        tiling = tilings.default_tiling(
+          states, ones=ones, itemsize=itemsize, backward=which
+        )
+        plan = planning.Plan(
+          tiling, 1, 1, 64, 64, ones, states - ones, (), 4, 1
+        )
+        need = tilings.shared_bytes(plan, itemsize, which)
+        assert need <= kibibytes * 1024, (states, ones, tiling)
+        kept.add((tiling.lanes, tiling.chunk, tuple(plan.parts.items())))
+        # What a thread holds of a state, and of A.
+        most = sum(plan.parts.values()) / tiling.lanes
+        assert most <= 24, (states, ones, tiling)
+      assert len(kept) == 1, "the passes disagree on the states they share"
+
+
+def test_a_kernel_that_does_not_fit_says_so_when_it_is_lowered(monkeypatch):
+  monkeypatch.setattr(chip, "capability", lambda: (8, 6))
+  run = functools.partial(loss, tiling=Tiling(lanes=2, states=256, chunk=32))
+  traced = jax.jit(jax.grad(run)).trace(*arguments(1, states=64))
+  expected = (
+    r"selective_scan: B has N=64, .* KiB of shared memory .* expected at most"
+    r" 99 KiB, as GPUs of compute capability 8.6 .* implementation='chunked'"
+  )
+  with pytest.raises(NotImplementedError, match=expected):
+    traced.lower(lowering_platforms=("cuda",))
 
 
 def loss(floats, rest, tiling=None, ones=0):
