@@ -110,6 +110,12 @@ def _variants(chip):
       ("float32", (1, short, 1024, 17), "mamba"),
       ("bfloat16", (1, short, 1536, 16), "mamba"),
     ]
+  if not is_tpu:
+    # The largest state there is, which the backward kernel takes in passes.
+    selective += [
+      ("float32", (1, 1024, 1024, 256), "mamba"),
+      ("bfloat16", (1, 1024, 1024, 256), "mamba"),
+    ]
   linear = [
     ("float32", (1, 1024, 1024), ""),
     ("bfloat16", (1, 1024, 1024), ""),
