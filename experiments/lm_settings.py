@@ -143,10 +143,14 @@ def setting(
     raise ValueError(
       f"learning_rate is {made.learning_rate}, expected above 0."
     )
-  changed = {n: v for n, v in (text | changes).items() if n != "data"}
-  label = made.label
-  if changed:
-    label += "; " + ", ".join(f"{n} {v}" for n, v in changed.items())
+  label = (
+    f"{made.label}: width {made.width}, T = {made.text.length},"
+    f" {made.steps} steps of {made.batch_size} rows"
+  )
+  said = {"width", "length", "steps", "batch_size", "data"}
+  for name, value in (text | changes).items():
+    if name not in said:
+      label += f", {name} {value}"
   return _with_intervals(dataclasses.replace(made, label=label))
 
 
@@ -257,7 +261,7 @@ def _rows(*names: str) -> tuple[Row, ...]:
 
 _PRESETS = {
   "smoke": Setting(
-    label="smoke test: too short to learn",
+    label="smoke test, too short to learn",
     rows=_rows("default-2", "both-2"),
     text=TextSettings(max_bytes=300_000, validation=0.2, length=32),
     width=16,
@@ -279,9 +283,9 @@ _PRESETS = {
     d_state=8,
     head_width=32,
     batch_size=8,
-    steps=800,
+    steps=1600,
     learning_rate=5e-3,
-    warmup=40,
+    warmup=80,
     steps_per_dispatch=10,
   ),
   # The smallest size that published language models of this kind have.
