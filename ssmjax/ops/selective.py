@@ -20,14 +20,15 @@ from ssmjax.ops.selective_associative import (
 )
 from ssmjax.ops.selective_chunked import selective_scan_chunked
 from ssmjax.ops.selective_fused import fused
+from ssmjax.ops.selective_token import advance, split_channels, token
 from ssmjax.ops.varying import match_varying
-from ssmjax.polarization import selective_decay
 from ssmjax.types import (
   Array,
   Float,
   Inexact,
   Int,
   Polarization,
+  check_choice,
   check_inexact,
   check_segment_ids,
   check_shapes,
@@ -138,23 +139,30 @@ def selective_step(
   delta_softplus: bool = False,
   polarization: Polarization | None = None,
   segment_ids: Int[Array, " B"] | None = None,
+  implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B D"], Inexact[Array, "B D N"]]:
   """Advance a selective state space model by one token, in O(1).
 
   The equations, arguments and errors of `selective_scan`, without the time
   axis. A row whose segment id is 0 is padding: its state stays, its y is 0.
   (Ids are compared within one call, so a single token never restarts.)
+  With `implementation="pallas"` a fused kernel, on TPU; None takes it where it
+  is the fastest; the other names are one and the same for a single token.
+  All derivatives exist in every form.
 
   Returns:
     y `[B, D]` of u's dtype and the new state `[B, D, N]`.
   """
   _check("selective_step", u, delta, A, B, C, D, z, delta_bias, polarization,
          state, segment_ids, time=False)  # fmt: skip
+  if implementation is not None:
+    check_choice("selective_step", "implementation", implementation,
+                 dispatch.IMPLEMENTATIONS)  # fmt: skip
   valid = None if segment_ids is None else segment_ids > 0
-  return _token(
-    state.astype(state_dtype(u, A, B, C, state)), u, delta, B, C, z, valid,
-    None, A=A, D=D, delta_bias=delta_bias, delta_softplus=delta_softplus,
-    polarization=polarization,
+  return advance(
+    state.astype(state_dtype(u, A, B, C, state)), u, delta, A, B, C, D, z,
+    delta_bias, valid, delta_softplus=delta_softplus,
+    polarization=polarization, implementation=implementation,
   )  # fmt: skip
 
 
@@ -183,9 +191,9 @@ def selective_scan_reference(
   valid, restart = segment_masks(segment_ids)
   time_first = lambda x: None if x is None else jnp.moveaxis(x, 1, 0)
 
-  def step(state, token):
-    y, state = _token(
-      state, *token, A=A, D=D, delta_bias=delta_bias,
+  def step(state, xs):
+    y, state = token(
+      state, *xs, A=A, D=D, delta_bias=delta_bias,
       delta_softplus=delta_softplus, polarization=polarization,
     )  # fmt: skip
     return state, y
@@ -196,45 +204,6 @@ def selective_scan_reference(
   A, D, delta_bias, *xs = xs_varying
   state, y = lax.scan(step, state, tuple(xs))
   return jnp.moveaxis(y, 0, 1), state
-
-
-def _token(
-  state, u, delta, B, C, z, valid, restart, *, A, D, delta_bias,
-  delta_softplus, polarization,
-):  # fmt: skip
-  """One token of the definition; no time axis."""
-  dtype = state.dtype
-  real = jnp.finfo(dtype).dtype
-  y_dtype = u.dtype
-  row = lambda mask: mask[:, None]
-  if valid is not None:
-    clean = lambda x: jnp.where(row(valid), x, jnp.zeros_like(x))
-    u, delta, B, C = clean(u), clean(delta), clean(B), clean(C)
-    z = None if z is None else clean(z)
-  if restart is not None:
-    state = jnp.where(restart[:, None, None], jnp.zeros_like(state), state)
-  u, delta = u.astype(real), delta.astype(real)
-  if delta_bias is not None:
-    delta = delta + delta_bias.astype(real)[None]
-  if delta_softplus:
-    delta = jax.nn.softplus(delta)
-  decay = selective_decay(delta, A.astype(_of(A, dtype)), polarization)
-  write = (delta * u)[..., None].astype(dtype) * B.astype(dtype)[:, None]
-  new = decay.astype(dtype) * state + write
-  if polarization is not None and polarization.finite_zero is None:
-    # 0 · h would still let an infinite h through.
-    zero = jnp.arange(new.shape[-1]) >= new.shape[-1] - polarization.zeros
-    new = jnp.where(zero[None, None], write, new)
-  if valid is not None:
-    new = jnp.where(valid[:, None, None], new, state)
-  y = (C.astype(dtype)[:, None] * new).sum(-1).real
-  if D is not None:
-    y = y + D.astype(real)[None] * u
-  if z is not None:
-    y = y * jax.nn.silu(z.astype(real))
-  if valid is not None:
-    y = jnp.where(row(valid), y, jnp.zeros_like(y))
-  return y.astype(y_dtype), new
 
 
 @functools.partial(
@@ -249,7 +218,7 @@ def _selective_scan(
   batch, _, channels = u.shape
   total = B.shape[-1]
   polarization = polarization or Polarization()
-  A, ones, zeros = _split(A, polarization)
+  A, ones, zeros = split_channels(A, polarization)
   kept = total - zeros
   valid, restart = segment_masks(segment_ids)
   direct = zero_state = None
@@ -311,17 +280,6 @@ def _chunked_by_platform(*args, **static):
   )
 
 
-def _split(A, polarization):
-  """The columns of A that stay learned, and the counts of exact channels."""
-  ones, zeros = polarization.ones, polarization.zeros
-  if polarization.placement == "replace":
-    A = A[:, ones : A.shape[1] - zeros]
-  if polarization.finite_zero is not None:
-    leak = jnp.full((A.shape[0], zeros), polarization.finite_zero, A.dtype)
-    return jnp.concatenate([A, leak], 1), ones, 0
-  return A, ones, zeros
-
-
 def _zero_state(
   u, delta, B, delta_bias, delta_softplus, dtype, initial_state, valid
 ):
@@ -346,14 +304,6 @@ def _zero_state(
   if initial_state is None:
     initial_state = jnp.zeros_like(state)
   return jnp.where(any_valid[:, None, None], state, initial_state.astype(dtype))
-
-
-def _of(x, dtype):
-  """The dtype of x at the precision of the state's `dtype`."""
-  real = jnp.finfo(dtype).dtype
-  if not jnp.iscomplexobj(x):
-    return real
-  return jnp.dtype("complex128" if real == "float64" else "complex64")
 
 
 def _check(
