@@ -1,0 +1,126 @@
+"""Which subjects a command line asks for; small ones are trained for it."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from experiments import lm, lm_runs, lm_settings
+from experiments.subjects import Init, Subject, checkpoints, fresh
+
+__all__ = ["changed", "chosen", "train"]
+
+# Attention has no Δ, which is what the other initialisation changes most.
+_MAMBA: tuple[Init, ...] = ("mamba",)
+
+# Less does not make a figure.
+_LEAST = {"length": 64, "probes": 2}
+
+
+def changed(command: str, made: Any, arguments: Any) -> Any:
+  """Give a preset with what the command line changes of it.
+
+  Args:
+    command: for messages.
+    made: the preset, a dataclass.
+    arguments: of the command line; None is no change.
+
+  Raises:
+    SystemExit: an argument does not fit.
+  """
+  given = {}
+  for field in dataclasses.fields(made):
+    value = getattr(arguments, field.name, None)
+    if value is None or field.name == "trained":
+      continue
+    if isinstance(value, tuple) and not value:
+      raise SystemExit(f"{command}: {field.name} is empty, expected some.")
+    if isinstance(value, int) and value < _LEAST.get(field.name, 1):
+      raise SystemExit(
+        f"{command}: {field.name} is {value}, expected"
+        f" {_LEAST.get(field.name, 1)} or more."
+      )
+    if field.name == "sizes":
+      value = tuple(_size(command, text) for text in value)
+    if field.name == "kinds":
+      unknown = [kind for kind in value if kind not in lm_settings.KINDS]
+      if unknown:
+        raise SystemExit(
+          f"{command}: kinds has {unknown[0]!r}, expected some of"
+          f" {', '.join(lm_settings.KINDS)}."
+        )
+    given[field.name] = value
+  seeds = arguments.seeds
+  if not seeds or not all(0 <= seed < 2**32 for seed in seeds):
+    raise SystemExit(
+      f"{command}: seeds is {seeds}, expected one or more numbers from 0 to"
+      f" {2**32 - 1}."
+    )
+  return dataclasses.replace(made, **given)
+
+
+def chosen(made: Any, arguments: Any) -> tuple[Subject, ...]:
+  """Give the models to look at; train those that are missing.
+
+  Args:
+    made: with `sizes`, `kinds`, `inits` and `trained`.
+    arguments: with `checkpoints`, `data`, `seeds` and `trained`.
+
+  Raises:
+    ValueError: a folder is no run, or a text cannot be read.
+  """
+  if arguments.checkpoints:
+    return checkpoints(arguments.checkpoints)
+  text = None if arguments.data is None else str(arguments.data)
+  found = [
+    fresh(kind, layers, width, init, seed=seed, text=text)
+    for kind in made.kinds
+    for init in (_MAMBA if kind == "attention" else made.inits)
+    for layers, width in made.sizes
+    for seed in arguments.seeds
+  ]
+  if made.trained:
+    found += train("cpu", made.trained, arguments.trained, text)
+  return tuple(found)
+
+
+def train(
+  preset: str,
+  rows: tuple[str, ...],
+  out: pathlib.Path,
+  text: str | None = None,
+) -> tuple[Subject, ...]:
+  """Train what is not trained yet, as `experiments.lm` does; give all steps.
+
+  A run that is there is taken, one that was stopped goes on.
+
+  Args:
+    preset: of `experiments.lm`.
+    rows: of its rows.
+    out: its folder, which both commands may share.
+    text: file or folder; None for the standard library's sources.
+
+  Raises:
+    ValueError: a folder holds another run, or there is too little text.
+  """
+  made = lm_settings.setting(
+    preset, rows=rows, text={} if text is None else {"data": text}
+  )
+  words = lm_runs.read_text(made.text)
+  for row in made.rows:
+    path = lm_settings.result_file(out, row, 0)
+    identity = lm_settings.identity(made, row, words, 0)
+    # The result is written last.
+    if path.exists() and json.loads(path.read_text())["setting"] == identity:
+      continue
+    lm.run_row(made, row, words, 0, out)
+  return checkpoints([lm_settings.run_folder(out, row, 0) for row in made.rows])
+
+
+def _size(command: str, text: str) -> tuple[int, int]:
+  layers, _, width = text.partition("x")
+  if not (layers.isdigit() and width.isdigit() and int(layers) and int(width)):
+    raise SystemExit(
+      f"{command}: sizes has {text!r}, expected <layers>x<width>, as 8x64."
+    )
+  return int(layers), int(width)
