@@ -59,10 +59,24 @@ def default_tiling(
 
 def check_size(plan: Plan, x: Array, itemsize: int, backward: bool) -> Array:
   """`x`, or the error of a program that would not run, when it is lowered."""
+  which = "backward" if backward else "forward"
+  # Addresses are of 64 bits, but what counts along one axis is of 32.
+  counts = {"blocks": plan.rows * plan.tiles}
+  if backward:
+    pairs = max(own.pairs for _, own in plan.passes)
+    counts["sums of B's and C's cotangents along T"] = plan.time * pairs
+  for what, count in counts.items():
+    if count >= 2**31:
+      return chip.refuse(
+        x,
+        f"selective_scan: u has B={plan.rows}, T={plan.length},"
+        f" D={plan.channels}, for which the {which} kernel has {count} {what};"
+        " expected less than 2³¹. Scan parts of T one after the other, each"
+        " from the final_state before it, or pass implementation='chunked'.",
+      )
   need, limit = shared_bytes(plan, itemsize, backward), chip.shared_memory()
   if need <= limit:
     return x
-  which = "backward" if backward else "forward"
   major, minor = chip.capability()
   return chip.refuse(
     x,

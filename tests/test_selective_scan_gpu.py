@@ -259,6 +259,19 @@ def test_a_kernel_that_does_not_fit_says_so_when_it_is_lowered(monkeypatch):
     traced.lower(lowering_platforms=("cuda",))
 
 
+def test_a_sequence_too_long_to_count_says_so_when_it_is_lowered():
+  floats, rest = arguments(1, length=64, states=64, without=LEAST)
+  at = {"u": 2**25, "delta": 2**25, "B": 2**25, "C": 2**25}
+  long = {
+    k: jax.ShapeDtypeStruct((1, at[k], x.shape[2]), x.dtype) if k in at else x
+    for k, x in floats.items()
+  }
+  traced = jax.jit(jax.grad(loss)).trace(long, rest)
+  expected = r"u has B=1, T=33554432, D=64, .* 4294967296 .* Scan parts of T"
+  with pytest.raises(NotImplementedError, match=expected):
+    traced.lower(lowering_platforms=("cuda",))
+
+
 def loss(floats, rest, tiling=None, ones=0):
   form = scan(tiling, interpret=False)
   y, state = form(**floats, **rest, delta_softplus=True, ones=ones)
