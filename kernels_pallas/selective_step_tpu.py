@@ -125,27 +125,32 @@ def _kernel(refs, *, delta_softplus, ones, zeros):
     delta = delta + refs["delta_bias"][...]
   dt = softplus(delta) if delta_softplus else delta
   refs["dt"][...], refs["dtu"][...] = dt, dt * u
-  A = refs["A"][...] * LOG2E
   # Numbers of a row lie on lanes; on sublanes, each meets its row of a state.
   B, C = wide("B").T, wide("C").T
-  n = lax.broadcasted_iota(jnp.int32, A.shape, 0)
-  for r in range(u.shape[0]):
-    row = lambda name, r=r: refs[name][pl.ds(r, 1), :]
-    before = refs["state"][r]
-    decay = jnp.exp2(row("dt") * A)
-    if ones:
-      decay = jnp.where(n < ones, 1.0, decay)
-    kept = decay * before
-    if zeros:
-      # A product with 0 would let an infinite state through.
-      kept = jnp.where(n >= A.shape[0] - zeros, 0.0, kept)
-    state = kept + row("dtu") * B[:, r : r + 1]
-    if "valid" in refs:
-      valid = jnp.broadcast_to(row("valid"), state.shape) > 0.5
-      state = jnp.where(valid, state, before)
-    refs["new_state"][r] = state
-    y = (state * C[:, r : r + 1]).sum(0, keepdims=True)
-    refs["y_rows"][pl.ds(r, 1), :] = y
+  # So many channels at a time that what is formed of them stays in registers.
+  some = min(u.shape[1], _channels_at_once(B.shape[0]))
+  for start in range(0, u.shape[1], some):
+    at = pl.ds(start, min(some, u.shape[1] - start))
+    A = refs["A"][:, at] * LOG2E
+    n = lax.broadcasted_iota(jnp.int32, A.shape, 0)
+    for r in range(u.shape[0]):
+      row = lambda name, r=r, at=at: refs[name][pl.ds(r, 1), at]
+      before = refs["state"][r, :, at]
+      decay = jnp.exp2(row("dt") * A)
+      if ones:
+        decay = jnp.where(n < ones, 1.0, decay)
+      kept = decay * before
+      if zeros:
+        # A product with 0 would let an infinite state through.
+        kept = jnp.where(n >= A.shape[0] - zeros, 0.0, kept)
+      state = kept + row("dtu") * B[:, r : r + 1]
+      if "valid" in refs:
+        valid = refs["valid"][pl.ds(r, 1), :]
+        valid = jnp.broadcast_to(valid, state.shape) > 0.5
+        state = jnp.where(valid, state, before)
+      refs["new_state"][r, :, at] = state
+      y = (state * C[:, r : r + 1]).sum(0, keepdims=True)
+      refs["y_rows"][pl.ds(r, 1), at] = y
   y = refs["y_rows"][...]
   if "D" in refs:
     y = y + refs["D"][...] * u
@@ -156,6 +161,11 @@ def _kernel(refs, *, delta_softplus, ones, zeros):
     valid = jnp.broadcast_to(refs["valid"][...], y.shape) > 0.5
     y = jnp.where(valid, y, 0.0)
   refs["y"][...] = y.astype(refs["y"].dtype)
+
+
+def _channels_at_once(states):
+  """Channels whose states are eight registers, at least one register's."""
+  return LANES * max(1, 8 // _ceil(states, 8))
 
 
 def _cost(rows, shared, *, ones):
