@@ -53,6 +53,7 @@ class Preset:
     kinds: of fresh models.
     inits: of fresh models; attention has Mamba's only.
     trained: rows of `experiments.lm`, preset cpu.
+    seeds: of fresh models' parameters.
     length: tokens of the text's rows.
     rows: of text.
     times: tokens whose influences are averaged.
@@ -63,6 +64,7 @@ class Preset:
   kinds: tuple[str, ...] = ("default", "both", "attention")
   inits: tuple[subjects.Init, ...] = ("mamba", "authors")
   trained: tuple[str, ...] = ()
+  seeds: tuple[int, ...] = (0,)
   length: int = 1024
   rows: int = 2
   times: int = 6
@@ -96,7 +98,7 @@ class Arguments:
     sizes: of fresh models, <layers>x<width>, in place of the preset's.
     kinds: of fresh models, in place of the preset's.
     inits: of fresh models, in place of the preset's.
-    seeds: of fresh models' parameters.
+    seeds: of fresh models' parameters, in place of the preset's.
     length: tokens of each row of text.
     rows: of text.
     times: over how many tokens influence is averaged.
@@ -112,7 +114,7 @@ class Arguments:
   sizes: tuple[str, ...] | None = None
   kinds: tuple[str, ...] | None = None
   inits: tuple[Literal["mamba", "authors"], ...] | None = None
-  seeds: tuple[int, ...] = (0,)
+  seeds: tuple[int, ...] | None = None
   length: int | None = None
   rows: int | None = None
   times: int | None = None

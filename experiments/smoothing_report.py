@@ -80,14 +80,14 @@ def smoothing_words(model: dict[str, Any]) -> str:
     return f"no A, so no bound; {along}"
   low, high = _range(layers, "learned_ratio")
   words = f"E(h)/E(b) is {low:.2g} to {high:.2g}"
-  if any(layer["kappa_factor"] is None for layer in layers):
+  if any(layer["kappa"] is None for layer in layers):
     low, high = _range([{"r": x["ratio"]["maximum"]} for x in layers], "r")
     words += (
       f" in the learned channels, {low:.2g} to {high:.2g} with the channel of"
       " decay 1, a sum over all tokens: κ is ∞ and nothing bounds it; the"
       " channel of decay 0 makes the theorem's joint factor 1, vacuous"
     )
-  _, factor = _range(layers, "factor")
+  _, factor = _range(layers, "learned_factor")
   shown = "1, no contraction promised" if factor > 0.9995 else f"{factor:.3f}"
   words += f"; Theorem 4.2's factor {shown}"
   low, _ = _range(layers, "learned_premise")
@@ -102,11 +102,18 @@ def smoothing_words(model: dict[str, Any]) -> str:
     if fails
     else "; its inequality holds in every channel all the same"
   )
+  fails = max(layer["kappa_fails"] for layer in layers)
+  words += (
+    f"; κ's holds in every channel that is centred"
+    f" ({100 * _mean(layers, 'kappa_applies'):.0f} %)"
+    if not fails
+    else f"; κ's fails in {100 * fails:.1f} % of channels, a fault of ours"
+  )
   low, high = _range(layers, "channel_ratio")
   _, kappa = _range(layers, "channel_kappa_factor")
   words += (
     f"; the median channel's ratio is {low:.2g} to {high:.2g} where κ allows"
-    f" {kappa:.2g} at most"
+    f" {kappa:.2g} at most, if centred"
   )
   if model["spread"]:
     words += (
@@ -156,10 +163,10 @@ def _eq1_cells(model) -> list[str]:
   if not layers:
     return ["none"] * 7
   low, high = _range(layers, "learned_ratio")
-  _, factor = _range(layers, "factor")
+  _, factor = _range(layers, "theorem_factor")
   _, kappa = _range(layers, "learned_kappa_factor")
   medians = sorted(layer["kappa_median"] for layer in layers)
-  held = any(layer["kappa_factor"] is None for layer in layers)
+  held = any(layer["kappa"] is None for layer in layers)
   return [
     f"{low:.2g}–{high:.2g}",
     "1" if factor > 0.9995 else f"{factor:.3f}",

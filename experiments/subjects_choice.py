@@ -49,13 +49,11 @@ def changed(command: str, made: Any, arguments: Any) -> Any:
           f"{command}: kinds has {unknown[0]!r}, expected some of"
           f" {', '.join(lm_settings.KINDS)}."
         )
+    if field.name == "seeds" and not all(0 <= seed < 2**32 for seed in value):
+      raise SystemExit(
+        f"{command}: seeds is {value}, expected numbers from 0 to {2**32 - 1}."
+      )
     given[field.name] = value
-  seeds = arguments.seeds
-  if not seeds or not all(0 <= seed < 2**32 for seed in seeds):
-    raise SystemExit(
-      f"{command}: seeds is {seeds}, expected one or more numbers from 0 to"
-      f" {2**32 - 1}."
-    )
   return dataclasses.replace(made, **given)
 
 
@@ -63,8 +61,8 @@ def chosen(made: Any, arguments: Any) -> tuple[Subject, ...]:
   """Give the models to look at; train those that are missing.
 
   Args:
-    made: with `sizes`, `kinds`, `inits` and `trained`.
-    arguments: with `checkpoints`, `data`, `seeds` and `trained`.
+    made: with `sizes`, `kinds`, `inits`, `seeds` and `trained`.
+    arguments: with `checkpoints`, `data`, and `trained` if there are some.
 
   Raises:
     ValueError: a folder is no run, or a text cannot be read.
@@ -77,7 +75,7 @@ def chosen(made: Any, arguments: Any) -> tuple[Subject, ...]:
     for kind in made.kinds
     for init in (_MAMBA if kind == "attention" else made.inits)
     for layers, width in made.sizes
-    for seed in arguments.seeds
+    for seed in made.seeds
   ]
   if made.trained:
     found += train("cpu", made.trained, arguments.trained, text)
