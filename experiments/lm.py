@@ -141,7 +141,8 @@ def main(arguments: Arguments) -> int:
   made, text = _prepared(arguments)
   out = arguments.out or _default_out(arguments)
   print(f"{made.label}\nTraining text: {text.train}\nHeld out: {text.held_out}")
-  lm_report.write_baselines(out, text)
+  if jax.process_index() == 0:
+    lm_report.write_baselines(out, text)
   finished = True
   for row, seed in (
     () if arguments.report_only else _missing(arguments, made, text, out)

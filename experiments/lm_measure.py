@@ -35,10 +35,11 @@ def held_out_metrics(
   that of a context of at most T tokens, T / 2 in the mean.
 
   Args:
-    model: its arrays are replicated over the mesh.
+    model: the model, wherever it is.
     source: in order, with the last batch filled up.
     mesh: over which batches are divided.
   """
+  model = jax.device_put(model, NamedSharding(mesh, jax.P()))
   rows = NamedSharding(mesh, jax.P("data"))
   place = lambda x: jax.make_array_from_process_local_data(rows, x)
   parts = [

@@ -137,6 +137,8 @@ def setting(
   for name in ("width", "d_state", "batch_size", "steps", "microbatches"):
     if getattr(made, name) < 1:
       raise ValueError(f"{name} is {getattr(made, name)}, expected 1 or more.")
+  if made.steps < 2:
+    raise ValueError("steps is 1, expected 2 or more: one is the warm-up.")
   if made.text.length < 1:
     raise ValueError(f"length is {made.text.length}, expected 1 or more.")
   if not made.learning_rate > 0:
@@ -247,7 +249,7 @@ def _with_intervals(made: Setting) -> Setting:
   save = every(4)
   return dataclasses.replace(
     made,
-    warmup=min(made.warmup, made.steps - 1) or 1,
+    warmup=min(made.warmup, made.steps // 2),
     steps_per_dispatch=dispatch,
     log_every=every(40),
     evaluate_every=every(8),
