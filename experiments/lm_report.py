@@ -173,7 +173,12 @@ def _table(results) -> str:
     if code is not None:
       cells = [_CODES[name], "", f"{code:.3f}", "", "", ""]
       lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join([*lines, "", *verdict(results), ""])
+  length = results["rows"][0]["setting"]["train"]["length"]
+  note = (
+    f"A model sees at most {length} tokens of what came before, zlib and lzma"
+    " as much as they can hold. All rows have one learning rate."
+  )
+  return "\n".join([*lines, "", note, "", *verdict(results), ""])
 
 
 def _gain(mine: list[float], base: list[float]) -> str:
@@ -195,6 +200,7 @@ def _plot(results, path: pathlib.Path) -> None:
 
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
+  from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
   figure, (left, right) = plt.subplots(
     1, 2, figsize=(11, 4.4), width_ratios=(3, 2)
@@ -203,6 +209,8 @@ def _plot(results, path: pathlib.Path) -> None:
   kinds: dict[str, list] = {}
   for row in results["rows"]:
     color = _COLORS[row["kind"]]
+    # What is drawn first shows beside what lies on it.
+    width = 3 if row["kind"] == "default" else 1.5
     line = ["-", "--", ":", "-."][depths.index(row["layers"]) % 4]
     for index, run in enumerate(row["runs"]):
       label = row["row"] if index == 0 else None
@@ -210,10 +218,18 @@ def _plot(results, path: pathlib.Path) -> None:
       left.plot(tokens, bits, line, color=color, alpha=0.4, linewidth=0.8)
       tokens, bits = zip(*run["curve"]["held_out"], strict=True)
       left.plot(
-        tokens, bits, line, color=color, marker="o", markersize=3, label=label
+        tokens,
+        bits,
+        line,
+        color=color,
+        linewidth=width,
+        marker="o",
+        markersize=2 + width,
+        label=label,
       )
     points = kinds.setdefault(row["kind"], [])
-    points += [(row["layers"], bits) for bits in _bits(row)]
+    place = depths.index(row["layers"]) + 0.08 * [*kinds].index(row["kind"])
+    points += [(place, bits) for bits in _bits(row)]
   for kind, points in kinds.items():
     right.plot(
       *zip(*sorted(points), strict=True), "o-", color=_COLORS[kind], label=kind
@@ -230,11 +246,15 @@ def _plot(results, path: pathlib.Path) -> None:
   left.set_xlabel("tokens of training")
   left.set_title("held out (points) and training (thin)", fontsize=9)
   right.set_xlabel("layers")
-  right.set_xticks(depths)
+  right.set_xticks(range(len(depths)), [str(depth) for depth in depths])
+  right.set_xlim(-0.5, len(depths) - 0.2)
   right.set_title("held out, at the end", fontsize=9)
   for axes in (left, right):
     axes.set_ylabel("bits per byte")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
   figure.suptitle(results["label"], fontsize=10)
