@@ -38,9 +38,11 @@ class Case:
     op: the public function.
     program: "forward", or "gradient" for value and gradients.
     dtype: of u, delta, z, B and C; A, D and the bias are float32.
-    shape: B, T, D, N of the selective scan; B, T, D of the linear one.
+    shape: B, T, D, N of the selective scan; B, T, D of the linear one; B, D, N
+      of the selective step.
     form: "bare" for the recurrence alone (delta is positive as it comes);
-      "mamba" for that with softplus, bias, skip and gate; "" elsewhere.
+      "mamba" for that with softplus, bias, skip and gate; "layers" for the step
+      in a loop over a stack of layers, as a model decodes; "" elsewhere.
     topology: other than the chip's own, for a program over all its devices:
       `shard_map` over the batch.
   """
@@ -72,6 +74,8 @@ def table_cases(chips: Iterable[str]) -> list[Case]:
     for op, variants in _variants(chip).items()
     for variant in variants
     for program in ("forward", "gradient")
+    # A step's derivatives are XLA's.
+    if (op, program) != ("selective_step", "gradient")
   ]
 
 
@@ -120,7 +124,15 @@ def _variants(chip):
     ("float32", (1, 1024, 1024), ""),
     ("bfloat16", (1, 1024, 1024), ""),
   ]
-  return {"selective_scan": selective, "linear_scan": linear}
+  found = {"selective_scan": selective, "linear_scan": linear}
+  if is_tpu:
+    rows = (1, 8, 64) if chip == "v5e" else (8,)
+    found["selective_step"] = [
+      ("bfloat16", (batch, 2048, 16), form)
+      for form in ("mamba", "layers")
+      for batch in rows
+    ]
+  return found
 
 
 def build(
@@ -202,4 +214,40 @@ def _linear_scan(case, implementation):
   return forward, dict(a=both, b=both)
 
 
-_OPS = {"selective_scan": _selective_scan, "linear_scan": _linear_scan}
+def _selective_step(case, implementation):
+  batch, channels, states = case.shape
+  layers = () if case.form == "mamba" else (_LAYERS,)
+  dtype = jnp.dtype(case.dtype)
+  whole = lambda *shape: jax.ShapeDtypeStruct((*layers, *shape), jnp.float32)
+  wide = jax.ShapeDtypeStruct((batch, channels), dtype)
+  arguments = dict(u=wide, z=wide)
+  arguments |= dict.fromkeys("BC", jax.ShapeDtypeStruct((batch, states), dtype))
+  stacked = dict(
+    A=whole(channels, states), state=whole(batch, channels, states)
+  )
+  stacked |= dict.fromkeys(("D", "delta_bias"), whole(channels))
+
+  def step(u, args, of_layer):
+    return ssmjax.ops.selective_step(
+      u=u, delta=u, **args, **of_layer, delta_softplus=True,
+      implementation=implementation,
+    )  # fmt: skip
+
+  def forward(args):
+    rest = {name: args[name] for name in "zBC"}
+    of_layers = {name: args[name] for name in stacked}
+    if case.form == "mamba":
+      return step(args["u"], rest, of_layers)
+    # What a layer makes of u stands here for a model's projections.
+    body = lambda u, of_layer: step(jnp.tanh(u), rest, of_layer)
+    return jax.lax.scan(body, args["u"], of_layers)
+
+  return forward, arguments | stacked
+
+
+_LAYERS = 4
+_OPS = {
+  "selective_scan": _selective_scan,
+  "selective_step": _selective_step,
+  "linear_scan": _linear_scan,
+}

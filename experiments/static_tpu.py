@@ -155,12 +155,28 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
 
 
 def kernel_calls(text: str) -> list[str]:
-  """The names of the HLO ops that are kernels of ours, in order."""
+  """The names of the HLO ops that are kernels of ours, in order.
+
+  A kernel that XLA has fused with what makes its inputs goes by the name of
+  the fusion.
+  """
   # A kernel's line holds its whole body: only starts of lines are looked at.
   target = 'custom_call_target="tpu_custom_call"'
   named = re.compile(r" *(?:ROOT )?%?([\w.-]+) = ")
-  lines = [line for line in text.splitlines() if target in line]
-  return [found[1] for found in map(named.match, lines) if found]
+  opened = re.compile(r"(?:ENTRY )?%?([\w.-]+) [^\n]*{$")
+  within = ""
+  calls: list[tuple[str, str]] = []
+  fusions: dict[str, str] = {}
+  for line in text.splitlines():
+    if line.endswith("{") and (found := opened.match(line)):
+      within = found[1]
+    elif target in line and (found := named.match(line)):
+      calls.append((found[1], within))
+    elif " fusion(" in line and (found := named.match(line)):
+      called = re.search(r"calls=%?([\w.-]+)", line)
+      if called:
+        fusions[called[1]] = found[1]
+  return [fusions.get(within, name) for name, within in calls]
 
 
 def _library() -> pathlib.Path | None:
@@ -251,7 +267,8 @@ def _innermost(rows):
   around a loop are moved into it: depth may fall for a few bundles within.
   """
   starts = [i for i, (_, mark) in enumerate(rows) if mark == "LB"]
-  for i, after in zip(starts, [*starts[1:], None], strict=True):
+  # A kernel of a single step and no loop has no start.
+  for i, after in zip(starts, [*starts, None][1:], strict=True):
     depth = rows[i][0]
     if after is None or rows[after][0] <= depth:
       inside = [j for j, (d, _) in enumerate(rows[:after]) if d >= depth]

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from experiments.static_cases import CHIPS
+from experiments.static_tpu import kernel_calls
 from kernels_pallas.selective_step_tpu import default_tiling, forward
 from ssmjax.ops import selective_step
 from ssmjax.types import Polarization
@@ -298,7 +299,9 @@ def test_step_compiles_for_tpus(chips, chip, shape, dtype, options):
   )
   run = jax.jit(run, donate_argnums=1)
   compiled = run.lower(args, rest).compile()
-  assert CALL in compiled.as_text()
+  # Also where XLA has fused it with what makes its inputs.
+  (name,) = kernel_calls(compiled.as_text())
+  assert name.startswith(KERNEL)
   memory = compiled.memory_analysis()
   # The new state lies where the old one did.
   assert memory.alias_size_in_bytes >= 4 * np.prod(shape)
