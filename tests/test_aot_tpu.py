@@ -19,6 +19,7 @@ from ssmjax.models import (
   generate,
   labelled_loss,
 )
+from ssmjax.ops import linear_scan, selective_scan
 from ssmjax.training import (
   adamw,
   data_mesh,
@@ -86,20 +87,65 @@ def test_sharded_train_step_compiles_for_tpus(mesh):
   assert memory.temp_size_in_bytes < 2 * scan
 
 
+@pytest.mark.parametrize("by_hand", [True, False], ids=["shard_map", "jit"])
 @pytest.mark.parametrize("mixer", ["mamba", "attention"])
-def test_forward_compiles_for_tpus(mesh, mixer):
+def test_forward_compiles_for_tpus(mesh, mixer, by_hand):
   mixers = {"mamba": CONFIG.mixers, "attention": (AttentionConfig(2),)}
   config = ModelConfig(512, 128, 2, mixers=mixers[mixer])
-  compiled = compile_forward(lambda m, x: m(x)[0], config, mesh)
+  compiled = compile_forward(lambda m, x: m(x)[0], config, mesh, by_hand)
   logits = compiled.out_info
   assert logits.shape == (BATCH, LENGTH, 512)
   assert logits.dtype == jnp.float32
-  assert "all-reduce" not in compiled.as_text()
+  text = compiled.as_text()
+  assert "all-reduce" not in text
+  assert bool(kernel_calls(text)) == (mixer == "mamba")
+  # The logits may be moved at the end, nothing before.
+  assert "all-to-all" not in text
 
 
-def test_a_kernel_under_jit_alone_on_several_chips_asks_for_shard_map(mesh):
-  with pytest.raises(NotImplementedError, match="shard_map"):
-    compile_forward(lambda m, x: m(x)[0], CONFIG, mesh, wrap=lambda f: f)
+@pytest.mark.parametrize("op", ["selective_scan", "linear_scan"])
+def test_kernels_under_jit_alone_stay_where_shardings_say(mesh, op, strict):
+  mesh = square(mesh)
+  on = lambda shape, *axes: jax.ShapeDtypeStruct(
+    shape, jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(*axes))
+  )
+  x = on((4, 64, 512), "data", None, "model")
+  if op == "linear_scan":
+    run, args = linear_scan, (x, x)
+  else:
+    numbers = on((4, 64, 16), "data")
+    run, args = selective_scan, (x, x, on((512, 16), "model"), numbers, numbers)
+  total = lambda *args: sum(jnp.square(x).sum() for x in run(*args))
+  pull = jax.jit(jax.grad(total, tuple(range(len(args)))))
+  compiled = pull.lower(*args).compile()
+  text = compiled.as_text()
+  assert directions(text) == {"forward", "backward"}
+  assert "f32[2,64,256]" in text
+  assert not {"all-to-all", "all-gather"} & set(text.replace("(", " ").split())
+  wanted = [x.sharding.spec for x in args]
+  # A is summed over rows, B and C over channels, and all else stays.
+  assert ("all-reduce" in text) == (op == "selective_scan")
+  for spec, x in zip(wanted, compiled.out_info, strict=True):
+    assert x.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), x.ndim)
+
+
+def test_a_kernel_in_a_shard_map_over_part_of_the_mesh_says_what_to_do(mesh):
+  mesh = square(mesh, jax.sharding.AxisType.Auto)
+  x = jax.ShapeDtypeStruct(
+    (4, 64, 512), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("data"))
+  )
+  run = jax.shard_map(
+    lambda x: linear_scan(x, x)[0], mesh=mesh, in_specs=jax.P("data"),
+    out_specs=jax.P("data"), axis_names={"data"},
+  )  # fmt: skip
+  with pytest.raises(NotImplementedError, match="over all axes of the mesh"):
+    jax.jit(run).lower(x)
+
+
+def square(mesh, kind=jax.sharding.AxisType.Explicit):
+  """The mesh's chips as two by two."""
+  devices = mesh.devices.reshape(2, 2)
+  return jax.sharding.Mesh(devices, ("data", "model"), axis_types=(kind,) * 2)
 
 
 @pytest.mark.nightly
@@ -183,19 +229,19 @@ def directions(text):
   return {name.split(".")[0].split("_")[-1] for name in kernel_calls(text)}
 
 
-def compile_forward(function, config, mesh, wrap=None):
+def compile_forward(function, config, mesh, by_hand=True):
   model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
   tokens = jax.ShapeDtypeStruct(
     (BATCH, LENGTH), jnp.int32, sharding=on(mesh, "data")
   )
-  # A kernel is not divided by the compiler: each chip calls it on its rows.
-  wrap = wrap or functools.partial(
-    jax.shard_map,
-    mesh=mesh,
-    in_specs=(jax.P(), jax.P("data")),
-    out_specs=jax.P("data"),
-  )
-  return jax.jit(wrap(function)).lower(put(model, mesh), tokens).compile()
+  if by_hand:
+    function = jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=(jax.P(), jax.P("data")),
+      out_specs=jax.P("data"),
+    )
+  return jax.jit(function).lower(put(model, mesh), tokens).compile()
 
 
 def abstract_state(config, optimizer):

@@ -79,7 +79,8 @@ def run(
     return fallback(*args)
   branches = {
     platform: functools.partial(
-      fuse(*(_only_on(platform, function) for function in kernel)), **static
+      fuse(*(_only_on(op, platform, function) for function in kernel)),
+      **static,
     )
     for platform, kernel in kernels.items()
   }
@@ -96,7 +97,7 @@ def _visible_gpu_is_old() -> bool:
 
 
 @functools.cache
-def _only_on(platform, function):
+def _only_on(op, platform, function):
   """`function`, which is lowered for its own platform and no other.
 
   Exported for several platforms, a program keeps all branches, and JAX lowers
@@ -108,7 +109,7 @@ def _only_on(platform, function):
     leaves, tree = jax.tree.flatten(args)
     run = lambda *leaves: function(*jax.tree.unflatten(tree, leaves), **static)
     jaxpr, out = jax.make_jaxpr(run, return_shape=True)(*leaves)
-    leaves = _kernel_p.bind(*leaves, jaxpr=jaxpr, platform=platform)
+    leaves = _kernel_p.bind(*leaves, jaxpr=jaxpr, op=op, platform=platform)
     return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
   return call
@@ -116,17 +117,33 @@ def _only_on(platform, function):
 
 _kernel_p = Primitive("ssmjax_kernel")
 _kernel_p.multiple_results = True
-_kernel_p.def_abstract_eval(lambda *args, jaxpr, platform: jaxpr.out_avals)
+_kernel_p.def_abstract_eval(lambda *args, jaxpr, **params: jaxpr.out_avals)
 
 
-def _kernel_lowering(ctx, *args, jaxpr, platform, lowered_for=None):
+def _kernel_lowering(ctx, *args, jaxpr, op, platform, lowered_for=None):
   if lowered_for == platform:
-    context = ctx.module_context.replace(platforms=(platform,))
+    context = ctx.module_context
+    if _compiler_divides(context.axis_context):
+      raise NotImplementedError(
+        f"{op}: the compiler cannot divide a kernel over several devices. Call"
+        " it inside a jax.shard_map over all axes of the mesh, give its"
+        " arguments a NamedSharding so that it makes one itself, or pass"
+        " implementation='chunked'."
+      )
+    context = context.replace(platforms=(platform,))
     run = mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)
     return run(ctx.replace(module_context=context), *args)
   # In a branch of another platform, which nobody takes.
   zeros = lambda *_: [jnp.zeros(x.shape, x.dtype) for x in jaxpr.out_avals]
   return mlir.lower_fun(zeros, multiple_results=True)(ctx, *args)
+
+
+def _compiler_divides(context):
+  """Whether axes of the mesh are left to the compiler."""
+  if isinstance(context, mlir.SPMDAxisContext):
+    manual = context.manual_axes | set(context.mesh.manual_axes)
+    return not manual.issuperset(context.mesh.axis_names)
+  return isinstance(context, mlir.ShardingContext) and context.num_devices > 1
 
 
 mlir.register_lowering(_kernel_p, _kernel_lowering)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssmjax.ops import dispatch
+from ssmjax.ops.partition import divided
 from ssmjax.ops.scan_fused import first_order, fused
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.varying import match_varying
@@ -67,11 +68,6 @@ def linear_scan(
   Array([[1.  , 1.5 , 1.75]], dtype=float32)
   """
   _check("linear_scan", a, b, initial_state, segment_ids)
-  if implementation == "reference":
-    return linear_scan_reference(
-      a, b, initial_state=initial_state, segment_ids=segment_ids,
-      reverse=reverse,
-    )  # fmt: skip
   return _linear_scan(
     a, b, initial_state, segment_ids, reverse=reverse,
     implementation=implementation,
@@ -141,6 +137,25 @@ def _token(state, a, b, valid, restart):
 
 @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
 def _linear_scan(a, b, initial_state, segment_ids, *, reverse, implementation):
+  """The scan of each device's part, if there are several."""
+
+  def part(a, b, initial_state, segment_ids):
+    if implementation == "reference":
+      return linear_scan_reference(
+        a, b, initial_state=initial_state, segment_ids=segment_ids,
+        reverse=reverse,
+      )  # fmt: skip
+    return _dispatch(a, b, initial_state, segment_ids, reverse, implementation)
+
+  of_tokens, of_state = ("rtd____"[: b.ndim], "rd____"[: b.ndim - 1])
+  return divided(
+    part, (a, b, initial_state, segment_ids),
+    (of_tokens, of_tokens, of_state, "rt"), (of_tokens, of_state),
+    only_typed=implementation in ("reference", "associative"),
+  )  # fmt: skip
+
+
+def _dispatch(a, b, initial_state, segment_ids, reverse, implementation):
   dtype = state_dtype(a, b, initial_state)
   state = initial_state
   if state is None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssmjax.ops import dispatch
+from ssmjax.ops.partition import divided
 from ssmjax.ops.segments import last_valid, segment_masks
 from ssmjax.ops.selective_associative import (
   selective_scan_associative,
@@ -68,6 +69,9 @@ def selective_scan(
   zero-order hold. With complex A, B or C there is no factor 2: a layer that
   keeps half of the conjugate pairs doubles y itself.
 
+  Arguments on a mesh are divided over its devices by rows and channels, see
+  `ssmjax.ops.partition`; whatever else is sharded is gathered.
+
   Args:
     u: inputs, `[B, T, D]`, float32, bfloat16 or (under x64) float64.
     delta: step sizes Δ before bias and softplus, `[B, T, D]`.
@@ -88,9 +92,7 @@ def selective_scan(
     implementation: `"reference"` (a loop), `"associative"`
       (`jax.lax.associative_scan`, differentiable to any order, memory
       B·T·D·N), `"chunked"` (memory B·D·N·T/chunk), `"pallas"` (fused kernel),
-      or None: the kernel on TPU and GPU where there is one, else chunked. Over
-      several chips a kernel needs `jax.shard_map` around it: `jax.jit` alone
-      cannot divide it, and says so.
+      or None: the kernel on TPU and GPU where there is one, else chunked.
 
   Returns:
     y `[B, T, D]` of u's dtype, and the state after the last non-padding token,
@@ -112,12 +114,6 @@ def selective_scan(
   """
   _check("selective_scan", u, delta, A, B, C, D, z, delta_bias,
          polarization, initial_state, segment_ids)  # fmt: skip
-  if implementation == "reference":
-    return selective_scan_reference(
-      u, delta, A, B, C, D, z=z, delta_bias=delta_bias,
-      delta_softplus=delta_softplus, polarization=polarization,
-      initial_state=initial_state, segment_ids=segment_ids,
-    )  # fmt: skip
   return _selective_scan(
     u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids,
     delta_softplus=delta_softplus, polarization=polarization,
@@ -210,7 +206,30 @@ def selective_scan_reference(
   jax.jit,
   static_argnames=("delta_softplus", "polarization", "implementation"),
 )
-def _selective_scan(
+def _selective_scan(*arrays, delta_softplus, polarization, implementation):
+  """The scan of each device's part, if there are several."""
+  options = dict(delta_softplus=delta_softplus, polarization=polarization)
+
+  def part(u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids):
+    if implementation == "reference":
+      return selective_scan_reference(
+        u, delta, A, B, C, D, z=z, delta_bias=delta_bias,
+        initial_state=initial_state, segment_ids=segment_ids, **options,
+      )  # fmt: skip
+    return _dispatch(
+      u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids,
+      implementation=implementation, **options,
+    )  # fmt: skip
+
+  return divided(
+    part, arrays,
+    ("rtd", "rtd", "dn", "rtn", "rtn", "d", "rtd", "d", "rdn", "rt"),
+    ("rtd", "rdn"),
+    only_typed=implementation in ("reference", "associative"),
+  )  # fmt: skip
+
+
+def _dispatch(
   u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids, *,
   delta_softplus, polarization, implementation,
 ):  # fmt: skip

@@ -1,0 +1,127 @@
+"""Scans of arrays on a mesh: divided over rows and channels, and equal."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import assert_close
+from jax.sharding import AxisType, NamedSharding
+
+from ssmjax.ops import linear_scan, selective_scan
+from ssmjax.types import Polarization
+
+B, T, D, N = 4, 24, 16, 3
+OPS = {"linear_scan": linear_scan, "selective_scan": selective_scan}
+SPECS = {
+  "rows": ("data", None, None),
+  "channels": (None, None, "model"),
+  "rows and channels": ("data", None, "model"),
+  "all over rows": (("data", "model"), None, None),
+  "time": (None, "data", None),
+}
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def arrays(op):
+  draw = np.random.default_rng(0)
+  x = lambda *shape: jnp.asarray(draw.uniform(0.1, 0.9, shape), jnp.float32)
+  if op == "linear_scan":
+    args = {"a": x(B, T, D), "b": x(B, T, D), "initial_state": x(B, D)}
+  else:
+    args = {
+      "u": x(B, T, D), "delta": x(B, T, D), "A": -x(D, N),
+      "B": x(B, T, N + 2), "C": x(B, T, N + 2), "D": x(D), "z": x(B, T, D),
+      "delta_bias": x(D), "initial_state": x(B, D, N + 2),
+    }  # fmt: skip
+  return args, jnp.asarray(np.sort(draw.integers(0, 3, (B, T)), 1))
+
+
+def total(op, **options):
+  if op == "selective_scan":
+    options["polarization"] = Polarization(ones=1, zeros=1)
+
+  def run(args, segment_ids):
+    y, state = OPS[op](**args, segment_ids=segment_ids, **options)
+    return jnp.square(y).sum() + jnp.square(state).sum()
+
+  return run
+
+
+def gradient(op, **options):
+  return jax.value_and_grad(total(op, **options))
+
+
+def put(args, segment_ids, mesh, spec):
+  """Every array as `spec` says of rows, time and channels."""
+  rows, time, channels = spec
+  by_name = dict(
+    A=(channels, None), D=(channels,), delta_bias=(channels,),
+    B=(rows, time, None), C=(rows, time, None), segment_ids=(rows, time),
+    initial_state=(rows, channels, None),
+  )  # fmt: skip
+
+  def on(name, x):
+    axes = by_name.get(name, spec)[: x.ndim]
+    return jax.device_put(x, NamedSharding(mesh, jax.P(*axes)))
+
+  args = {name: on(name, x) for name, x in args.items()}
+  return args, on("segment_ids", segment_ids)
+
+
+@functools.cache
+def expected(op):
+  return jax.jit(gradient(op))(*arrays(op))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("op", OPS)
+def test_scan_under_jit_alone_is_divided_and_equal(op, spec, kind, strict):
+  mesh = jax.make_mesh((2, 2), ("data", "model"), (KINDS[kind],) * 2)
+  args = put(*arrays(op), mesh, SPECS[spec])
+  run = jax.jit(gradient(op))
+  assert_close(jax.device_get(run(*args)), expected(op))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "associative"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_implementation_takes_shardings_in_types(
+  op, implementation, strict
+):
+  mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+  run = jax.jit(gradient(op, implementation=implementation))
+  actual = run(*put(*arrays(op), mesh, SPECS["time"]))
+  assert_close(jax.device_get(actual), expected(op))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", OPS)
+def test_stacked_models_are_divided_like_one(op, kind, strict):
+  mesh = jax.make_mesh((2, 2), ("data", "model"), (KINDS[kind],) * 2)
+  args, ids = arrays(op)
+  stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x / 2]), tree)
+  run = jax.vmap(gradient(op), (0, None))
+  wanted = jax.jit(run)(stack(args), ids)
+  args, ids = put(args, ids, mesh, SPECS["rows"])
+  assert_close(jax.device_get(jax.jit(run)(stack(args), ids)), wanted)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_a_shard_map_leaves_open_is_left_to_the_compiler(op, strict):
+  mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2)
+  args, ids = arrays(op)
+  args, ids = put(args, ids, mesh, SPECS["rows"])
+  rows = {name: jax.P("data") for name in args}
+  rows |= dict.fromkeys({"A", "D", "delta_bias"} & set(args), jax.P())
+
+  run = jax.shard_map(
+    lambda *args: jax.lax.psum(total(op)(*args), "data"),
+    mesh=mesh,
+    in_specs=(rows, jax.P("data")),
+    out_specs=jax.P(),
+    axis_names={"data"},
+  )
+  actual = jax.jit(jax.value_and_grad(run))(args, ids)
+  assert_close(jax.device_get(actual), expected(op))
