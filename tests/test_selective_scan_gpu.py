@@ -177,7 +177,7 @@ def test_a_state_too_large_for_one_backward_pass_takes_several(states, ones):
 @pytest.mark.parametrize(("states", "ones"), [(200, 130), (256, 0), (129, 1)])
 def test_large_states_equal_the_definition(states, ones, dtype):
   masks = dict(valid=True, restart=True)
-  check(make(1, 17, 9, states, ones=ones, dtype=dtype, **masks), ones=ones)
+  check(make(1, 17, 5, states, ones=ones, dtype=dtype, **masks), ones=ones)
 
 
 @pytest.mark.nightly
