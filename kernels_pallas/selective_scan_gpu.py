@@ -103,10 +103,8 @@ def forward(
   named = dict(zip(shapes, planning.vary_like(u, out), strict=True))
   y = named["y"][:, : plan.length, : plan.channels]
   final = plan.join_state({k: named[f"final {k}"] for k in plan.parts})
-  if not keep:
-    return y, final, None
-  width = plan.channels
-  return y, final, tuple(named[f"states {k}"][:, :, :width] for k in plan.parts)
+  states = tuple(named[f"states {k}"] for k in plan.parts) if keep else None
+  return y, final, states
 
 
 def _advance(plan: Plan, slots, t, h, rates, dt, dx, first):

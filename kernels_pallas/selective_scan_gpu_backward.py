@@ -109,8 +109,7 @@ def _run_pass(plan, rows, shared, *, softplus_on, interpret, wide=False):
   u = rows["u"]
   inputs = on.kernel_inputs(plan, rows, shared)
   for name, x in zip(plan.parts, rows["states"], strict=True):
-    gap = (0, plan.depth - plan.channels)
-    inputs[f"states {name}"] = jnp.pad(x, ((0, 0), (0, 0), gap, (0, 0)))
+    inputs[f"states {name}"] = x
   for name, x in plan.split_state(rows["d_final"]).items():
     inputs[f"d_final {name}"] = x
   f32 = jnp.dtype("float32")
