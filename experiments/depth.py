@@ -59,7 +59,7 @@ class Preset:
   length: int = 512
   rows: int = 2
   times: int = 4
-  probes: int = 4
+  probes: int = 2
 
 
 PRESETS = {

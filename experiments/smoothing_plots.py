@@ -90,10 +90,12 @@ def draw_spread(models: list[dict[str, Any]], path: pathlib.Path) -> bool:
   for index, model in enumerate(models):
     color = COLORS[index % len(COLORS)]
     style = "--" if model["stage"] == "after" else "-"
+    # Thinner on top, where curves are the same.
+    width = max(3.5 - 0.6 * index, 1.0)
     for ax, name in ((left, "spread"), (right, "token_spread")):
       ax.plot(
         GRID, 100 * np.asarray(model[name], float), color=color,
-        linestyle=style, label=_title(model),
+        linestyle=style, linewidth=width, label=_title(model),
       )  # fmt: skip
   for ax, words in (
     (left, "over all t and n of a channel"),

@@ -89,7 +89,9 @@ def smoothing_words(model: dict[str, Any]) -> str:
     )
   _, factor = _range(layers, "learned_factor")
   shown = "1, no contraction promised" if factor > 0.9995 else f"{factor:.3f}"
-  words += f"; Theorem 4.2's factor {shown}"
+  words += f"; Theorem 4.2's factor is {shown}"
+  if any(layer["learned_ratio"] > layer["learned_factor"] for layer in layers):
+    words += ", and exceeded"
   low, _ = _range(layers, "learned_premise")
   words += (
     f", its A + Δ ≤ 1 met at {100 * _mean(layers, 'learned_premise'):.0f} %"
@@ -98,7 +100,7 @@ def smoothing_words(model: dict[str, Any]) -> str:
   words += f", whole at {100 * _mean(layers, 'applies'):.0f} % of channels"
   fails = _mean(layers, "theorem_fails")
   words += (
-    f"; its inequality fails in {100 * fails:.1f} % of channels"
+    f"; its inequality by channel fails in {100 * fails:.1f} %"
     if fails
     else "; its inequality holds in every channel all the same"
   )
