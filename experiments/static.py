@@ -212,7 +212,7 @@ def _tpu_line(row):
   if row["cycles"] is not None:
     cycles = f"{row['cycles']:,} cycles (+ {row['cycles_of_others']:,})"
   memory = f"{row['vmem_bytes'] / 2**20:.1f} MiB"
-  return f"{cycles}, {memory}, {row['spills']} spills; {loops}"
+  return f"{cycles}, {memory}, {row['spills']} spills; {loops or 'no loops'}"
 
 
 _KINDS = {

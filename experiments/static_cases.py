@@ -36,7 +36,8 @@ class Case:
   Attributes:
     chip: a name of `CHIPS`.
     op: the public function.
-    program: "forward", or "gradient" for value and gradients.
+    program: "forward", "gradient" for value and gradients, or "definition" for
+      what XLA makes of it by itself.
     dtype: of u, delta, z, B and C; A, D and the bias are float32.
     shape: B, T, D, N of the selective scan; B, T, D of the linear one; B, D, N
       of the selective step.
@@ -73,9 +74,7 @@ def table_cases(chips: Iterable[str]) -> list[Case]:
     for chip in chips
     for op, variants in _variants(chip).items()
     for variant in variants
-    for program in ("forward", "gradient")
-    # A step's derivatives are XLA's.
-    if (op, program) != ("selective_step", "gradient")
+    for program in _PROGRAMS[op]
   ]
 
 
@@ -147,6 +146,8 @@ def build(
     devices: all that it runs on; the batch is divided over them.
     implementation: of the op.
   """
+  if case.program == "definition":
+    implementation = "reference"
   forward, arguments = _OPS[case.op](case, implementation)
   spec = {
     name: P("data") if x.ndim > 2 else P() for name, x in arguments.items()
@@ -246,6 +247,11 @@ def _selective_step(case, implementation):
 
 
 _LAYERS = 4
+_PROGRAMS = {
+  "selective_scan": ("forward", "gradient"),
+  "linear_scan": ("forward", "gradient"),
+  "selective_step": ("forward", "definition"),
+}
 _OPS = {
   "selective_scan": _selective_scan,
   "selective_step": _selective_step,

@@ -113,9 +113,9 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
     text: of the compiled program.
 
   Returns:
-    One dict for each kernel: its name; cycles (estimated, None if that was not
-    asked for); cycles_of_others (of all other HLO ops of the program, each
-    counted once); vmem_bytes; spills
+    One dict for each kernel, or one named "none" for a program without: its
+    name; cycles (estimated, None if that was not asked for); cycles_of_others
+    (of all other HLO ops of the program, each counted once); vmem_bytes; spills
     (stores to memory for lack of registers, in the loops below); and loops, the
     innermost ones by size: bundles, and the share of each kind of slot in use.
 
@@ -134,6 +134,9 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
       f" {', '.join(sorted(cycles)) or 'nothing'}."
     )
   others = sum(n for name, n in cycles.items() if name not in calls)
+  if not calls:
+    row = {"kernel": "none", "cycles": others, "cycles_of_others": 0}
+    return [row | {"vmem_bytes": 0, "spills": 0, "loops": []}] if cycles else []
   rows = []
   for name in calls:
     dump = lambda ending, name=name: _dump(folder / "llo", name, ending)
