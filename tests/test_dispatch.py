@@ -311,6 +311,17 @@ def test_a_name_that_does_not_exist_is_refused(op):
     OPS[op](implementation="triton")(*arguments())
 
 
+def test_first_use_of_an_op_does_not_compile_its_program_twice():
+  code = (
+    "import jax, jax.numpy as jnp, ssmjax.ops as ops\n"
+    "run = jax.jit(lambda x: ops.selective_scan(x, x, -x[0].T, x, x)[0])\n"
+    "x = jnp.ones((1, 2, 2))\n"
+    "run(x), run(x)\n"
+    "assert run._cache_size() == 1, run._cache_size()\n"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_kernels_are_imported_when_an_op_is_first_used():
   code = (
     "import sys, jax.numpy as jnp, ssmjax.ops as ops\n"

@@ -12,6 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+# Importing it adds to what JAX's caches are keyed by: if a kernel did so in the
+# middle of a program's first trace, its second call would compile it again.
+import jax.experimental.pallas.tpu
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive, jaxpr_as_fun
