@@ -102,11 +102,11 @@ def _layer(
       "hull_factor": whole.hull_factor.mean(),
     }
   every = lambda v: v.reshape(v.shape[0], -1)
-  theorem, ours = theory.oversmoothing(recurrence), theory.kappa(recurrence)
+  theorem = theory.oversmoothing(recurrence)
   joint = lambda v, w: (v / every(w.input_spread).max(-1)).mean()
   found |= {
     "theorem_factor": joint(theorem.bound, theorem),
-    "kappa": ours.max(),
+    "kappa": theory.kappa(recurrence).max(),
     "premise": theorem.premises.contraction.fraction,
   }
   learned = learned_states(block.mixer, recurrence)
