@@ -17,13 +17,24 @@ LINE = 0.98
 def write_results(
   out: pathlib.Path, setting: dict[str, Any], results: list[dict[str, Any]]
 ) -> None:
-  """Write `results.json`: all but the curves, which `influence` has."""
+  """Write `results.json`, everything that the table is made of.
+
+  The curves, and what else is known of a layer, are in the models' own files.
+  """
   kept = []
   for result in results:
     short = {k: v for k, v in result.items() if k != "setting"}
-    without = ("lags", "log_score", "log_error", "last", "closed_form")
-    short["influence"] = {
-      k: v for k, v in result["influence"].items() if k not in without
+    influence, smoothing = short["influence"], short["smoothing"]
+    short["influence"] = _only(influence, ("slope", "log_a_max"))
+    short["influence"]["eq1"] = [
+      _only(layer, ("learned_log_a_max",)) for layer in influence["eq1"]
+    ]
+    short["smoothing"] = {
+      "eq1": [_only(layer, _EQ1) for layer in smoothing["eq1"]],
+      **{
+        name: [_only(layer, ("relative",)) for layer in smoothing[name]]
+        for name in ("mixer", "block")
+      },
     }
     kept.append(short)
   write_json(out / "results.json", {"setting": setting, "models": kept})
@@ -78,7 +89,8 @@ def table(models: list[dict[str, Any]], setting: dict[str, Any]) -> list[str]:
 _NOTES = (
   "Slopes are fitted between the lags that convolutions reach (3 a layer) and"
   f" half of the text. Where R² is below {LINE}, it is no line: the slope is a"
-  " mean over lags then, and depends on their range.",
+  " mean over lags then, and depends on their range. Flat: no seed's 95 %"
+  " interval leaves 0 out.",
   "log A_max is the largest over layers and tokens, and the slope's bound in"
   ' the limit of far lags. "0, vacuous": a channel of decay 1 makes it 0, and'
   " Theorem 3.1 says nothing; in brackets, of the learned channels alone.",
@@ -90,13 +102,24 @@ _NOTES = (
 )
 
 
+_EQ1 = ("premise", "kappa_median", "kappa_max", "learned_ratio")
+
+
+def _only(found, names):
+  return found and {name: found[name] for name in names}
+
+
 def _slope(group) -> list[str]:
   slopes = [m["influence"]["slope"] for m in group]
   if None in slopes:
     return ["too few lags", ""]
   line = statistics.fmean(s["r_squared"] for s in slopes)
-  words = _spread([s["slope"] for s in slopes], "{:+.4f}")
-  return [words + ("" if line >= LINE else ", no line"), f"{line:.3f}"]
+  words = _spread([s["slope"] for s in slopes], "{:+.5f}")
+  if all(s["low"] <= 0 <= s["high"] for s in slopes):
+    words += ", flat"
+  elif line < LINE:
+    words += ", no line"
+  return [words, f"{line:.3f}"]
 
 
 def _eq1(group) -> list[str]:

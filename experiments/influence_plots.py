@@ -8,7 +8,10 @@ import numpy as np
 
 __all__ = ["draw_lags", "draw_last_token", "save"]
 
-COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
+COLORS = (
+  *("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2"),
+  *("#7f7f7f", "#17becf", "#bcbd22"),
+)
 STYLES = {"default": "-", "attention": ":"}
 STAGES = {
   "init": "initialisation",

@@ -110,7 +110,8 @@ def depth_model(title, seed, slope, **changes):
   none = changes.get("none", False)
   layers = [None] if none else [layer]
   out = [{"relative": 1.0}, {"relative": 0.5}]
-  slope = {"slope": slope, "r_squared": changes.get("r_squared", 1.0)}
+  r_squared, high = changes.get("r_squared", 1.0), changes.get("high", slope)
+  slope = {"slope": slope, "low": slope, "high": high, "r_squared": r_squared}
   bound = None if none else changes.get("bound", -0.7)
   return {
     "title": title, "step": 0, "seed": seed, "layers": 2,
@@ -123,12 +124,14 @@ def test_depth_table_gives_mean_and_deviation_over_seeds():
   models = [depth_model("a", seed, -0.7 - 0.1 * seed) for seed in (0, 1)]
   models += [depth_model("b", 0, -0.1, bound=0.0, r_squared=0.5)]
   models += [depth_model("c", 0, 0.1, none=True)]
+  models += [depth_model("d", 0, -0.1, high=0.1, r_squared=0.5)]
   lines = depth_report.table(models, {"rows": 2, "length": 512})
   cells = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
-  assert [row[0] for row in cells] == ["| a", "| b", "| c"]
-  assert cells[0][2] == "-0.7500 ± 0.0707"
+  assert [row[0] for row in cells] == ["| a", "| b", "| c", "| d"]
+  assert cells[0][2] == "-0.75000 ± 0.07071"
   assert cells[0][-1] == "2 |"
-  assert cells[1][2] == "-0.1000, no line"
+  assert cells[1][2] == "-0.10000, no line"
   assert cells[1][4].startswith("0, vacuous")
   assert cells[2][4:9] == ["none"] * 5
+  assert cells[3][2] == "-0.10000, flat"
   assert cells[0][9] == "1.00 ± 0.00 → 0.50 ± 0.00"
