@@ -19,12 +19,15 @@ saved, which are trained first where they are not there (in runs/lm/cpu). The
 text is held out from training. Of each model: influence on tokens evenly
 through the text's second half, by random probes, averaged as logarithms.
 
-What is measured of a model is kept (<out>/subjects/) and not measured again.
+What is measured of a model is kept (<out>/subjects/) and not measured again;
+after a change of the code, remove it.
 Cost: preset default, at most 10 minutes on 2 cores, training included.
 Expected: straight lines in the authors' initialisation, whose slope is log ½
 as A_max = exp(-ln 2); in Mamba's own curves that bend, for its channels forget
-at rates from 0.001 to 1.6 a token; after training in between. What the figures
-do not show is whether a model makes use of what it could still see.
+at rates from 0.001 to 1.6 a token. In training the slope hardly changes but
+log A_max nears 0, for some token has a tiny Δ: a bound, not a description.
+Polarized curves are flat from a few tokens on, as attention's are. What the
+figures do not show is whether a model makes use of what it could still see.
 """
 
 import dataclasses

@@ -29,7 +29,7 @@ def draw_lags(models: list[dict[str, Any]], path: pathlib.Path) -> None:
   plt = pyplot()
   panels = _panels(models)
   figure, axes = plt.subplots(
-    1, len(panels), figsize=(5.2 * len(panels), 4.6), squeeze=False
+    1, len(panels), figsize=(5.4 * len(panels), 6.4), squeeze=False
   )
   for ax, (title, group) in zip(axes[0], panels, strict=True):
     names = list(dict.fromkeys(_color_key(m) for m in group))
@@ -49,7 +49,12 @@ def draw_lags(models: list[dict[str, Any]], path: pathlib.Path) -> None:
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("lag t - s, tokens")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7, ncols=2)
+    ax.legend(
+      fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14)
+    )
+    if group[0].get("trained_length"):
+      ax.axvline(group[0]["trained_length"], color="black", linestyle=":",
+                 linewidth=0.8)  # fmt: skip
   axes[0][0].set_ylabel("log ‖∂yₜ/∂xₛ‖, mean over t and rows")
   figure.suptitle("Influence against distance (Fig. 1 of Wang et al. 2025)",
                   fontsize=11)  # fmt: skip
@@ -142,7 +147,8 @@ def _panels(models) -> list[tuple[str, list[dict[str, Any]]]]:
       panels.append((f"fresh, {words}", group))
   runs = [m for m in models if m["title"] != m["name"]]
   if runs:
-    panels.append(("while trained", runs))
+    length = runs[0]["trained_length"]
+    panels.append((f"while trained, on rows of {length} tokens", runs))
   return panels
 
 

@@ -79,17 +79,16 @@ def slope_words(model: dict[str, Any]) -> str:
   slope = model["slope"]
   if slope is None:
     return "too few lags within float32's range to fit a line"
-  error = (slope["high"] - slope["low"]) / 2
-  words = f"{slope['slope']:+.4f} ± {error:.4f} per token (95 %)"
+  words = f"{_interval(slope)} per token (95 %)"
   words += f" over lags {slope['first']} to {slope['last']}"
   if slope["low"] <= 0 <= slope["high"]:
-    words += ", no fall to be told from none"
+    words += ", flat: no fall that can be told from none"
   elif slope["r_squared"] >= LINE:
     words += f", a line (R² {slope['r_squared']:.3f})"
   else:
     words += (
-      f", not a line (R² {slope['r_squared']:.2f}): {slope['near']:+.4f} in"
-      f" the near half, {slope['far']:+.4f} in the far one"
+      f", not a line (R² {slope['r_squared']:.2f}): {slope['near']:+.2g} in"
+      f" the near half, {slope['far']:+.2g} in the far one"
     )
   return words + "; " + _bound_words(model)
 
@@ -105,7 +104,8 @@ def ratio_fits(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     group = [m for m in models if m["stage"] == stage and m["seed"] == 0]
     for other in (m for m in group if m["kind"] == "attention"):
       for one in group:
-        alike = all(one[k] == other[k] for k in ("layers", "width", "step"))
+        same = ("layers", "width", "step", "trained_length")
+        alike = all(one[k] == other[k] for k in same)
         if one["kind"] == "attention" or not alike:
           continue
         lags = np.asarray(one["lags"])
@@ -151,7 +151,7 @@ def _bound_words(model) -> str:
   if share > 1.5:
     words += f", a bound that falls {share:.0f} times as slowly"
   else:
-    words += f", {share:.2f} of which is met"
+    words += f", and the slope is {share:.2f} times that"
   return words
 
 
@@ -176,11 +176,10 @@ def _two_sided_words(found) -> str:
 
 
 def _ratio_words(fit) -> str:
-  half = (fit["high"] - fit["low"]) / 2
   one, other = fit["mamba"], fit["attention"]
   words = (
     f"- {one['title']} over {other['title']}, influence on the last token:"
-    f" ratio × exp({fit['slope']:+.4f} ± {half:.4f} per token), lags"
+    f" ratio ∝ exp(({_interval(fit)}) ℓ), lags"
     f" {fit['first']} to {NEAR}, R² {fit['r_squared']:.2f}"
   )
   if fit["r_squared"] < LINE:
@@ -193,7 +192,8 @@ _LIMITS = (
   " Jacobian than Frobenius's; influence through logits. Intervals are of the"
   " fitted line on this text, not of seeds. log A_max takes the largest decay"
   " of any token, channel and layer; with L layers the bound is"
-  " lag^(L-1) A_max^lag.",
+  " lag^(L-1) A_max^lag. Runs saw rows of fewer tokens in training than are"
+  " looked at here (dotted in the figure).",
 )
 
 
@@ -214,13 +214,21 @@ def _slope_cells(model) -> list[str]:
   slope = model["slope"]
   if slope is None:
     return ["too few lags", "", "", ""]
-  half = (slope["high"] - slope["low"]) / 2
   return [
-    f"{slope['slope']:+.4f} ± {half:.4f}",
+    _interval(slope),
     f"{slope['r_squared']:.3f}",
-    f"{slope['near']:+.4f} / {slope['far']:+.4f}",
+    f"{slope['near']:+.2g} / {slope['far']:+.2g}",
     f"{slope['first']}–{slope['last']}",
   ]
+
+
+def _interval(fit) -> str:
+  """A slope with half its interval, to two digits of the latter."""
+  half = (fit["high"] - fit["low"]) / 2
+  digits = 4
+  if half > 0:
+    digits = min(max(1 - math.floor(math.log10(half)), 2), 7)
+  return f"{fit['slope']:+.{digits}f} ± {half:.{digits}f}"
 
 
 def layer_cells(model) -> list[str]:

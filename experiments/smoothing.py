@@ -17,7 +17,8 @@ block's output; E(h)/E(b) against Theorem 4.2's factor and the κ form, with the
 share of (t, n) that meets its premise A + Δ ≤ 1; the spread of each channel's
 decays.
 
-What is measured of a model is kept (<out>/subjects/) and not measured again.
+What is measured of a model is kept (<out>/subjects/) and not measured again;
+after a change of the code, remove it.
 Cost: preset default, at most 10 minutes on 2 cores, training included.
 Expected: E(h) a tenth of E(b) in Mamba's initialisation, about ln 2 of it in
 the authors', by far less than Theorem 4.2 has to offer: its factor

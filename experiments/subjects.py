@@ -118,6 +118,8 @@ class Subject:
       "seed": self.seed,
       "step": self.step,
       "stage": self.stage,
+      # Of a run: what lies farther back it never saw in training.
+      "trained_length": None if self.folder is None else self.text.length,
     }
 
 

@@ -260,7 +260,8 @@ def model(**changes):
   }  # fmt: skip
   made = {
     "title": "x", "kind": "default", "stage": "init", "step": 0, "seed": 0,
-    "layers": 2, "width": 16, "slope": slope, "log_a_max": -0.05,
+    "layers": 2, "width": 16, "trained_length": None, "slope": slope,
+    "log_a_max": -0.05,
     "eq1": [{"learned_log_a_max": -0.05}], "two_sided": None,
   }  # fmt: skip
   made = copy.deepcopy(made)
@@ -274,9 +275,12 @@ def model(**changes):
     ({}, "a line .R² 0.999.; log A_max -0.05, a bound that falls 2 times"),
     (
       {"slope_fields": {"r_squared": 0.5, "near": -0.2, "far": -0.01}},
-      "not a line .R² 0.50.: -0.2000 in the near half, -0.0100 in the far",
+      "not a line .R² 0.50.: -0.2 in the near half, -0.01 in the far one",
     ),
-    ({"slope_fields": {"high": 0.1}}, "no fall to be told from none"),
+    (
+      {"slope_fields": {"high": 0.1}},
+      "flat: no fall that can be told from none",
+    ),
     ({"log_a_max": 0.0}, "Theorem 3.1 is vacuous .its learned channels: -0.05"),
     ({"log_a_max": None, "eq1": [None]}, "it has no A, so no bound"),
     ({"slope": None}, "too few lags"),
