@@ -38,7 +38,6 @@ import jax
 import tyro
 from flax import nnx
 
-import kernels_pallas
 from experiments import lm_measure, lm_report
 from experiments.lm_runs import Text, read_text, write_model
 from experiments.lm_settings import (
@@ -137,9 +136,6 @@ def main(arguments: Arguments) -> int:
     The exit status: 0, or 75 where the same command has to go on.
   """
   started = time.monotonic()
-  # Importing Pallas adds to what JAX's caches look at: what was traced before
-  # is traced and compiled again. The scans import it when first traced.
-  kernels_pallas.kernels("selective_scan")
   made, text = _prepared(arguments)
   out = arguments.out or _default_out(arguments)
   print(f"{made.label}\nTraining text: {text.train}\nHeld out: {text.held_out}")

@@ -1,11 +1,11 @@
 """The language models' table and plot, drawn from their JSON alone."""
 
 import json
-import math
 import os
 import pathlib
 from typing import Any
 
+from experiments.compare import deviation, gain, mean
 from experiments.lm_measure import baselines
 from experiments.lm_runs import Text
 from experiments.lm_settings import Setting, identity, result_file
@@ -91,16 +91,17 @@ def verdict(results: dict[str, Any]) -> list[str]:
     if base is None or row is base:
       continue
     few |= min(len(row["runs"]), len(base["runs"])) < 3
-    lines.append(
-      f"- {row['row']} against {base['row']}: {_gain(_bits(row), _bits(base))}"
+    text = gain(
+      _bits(row), _bits(base), "bits per byte", digits=3, more_is_better=False
     )
+    lines.append(f"- {row['row']} against {base['row']}: {text}")
   if few:
     lines.append(
       "- n < 3: a difference between single seeds is not an effect, neither"
       " its size nor its sign; run more with --seeds 0 1 2."
     )
-  best = min(results["rows"], key=lambda row: _mean(_bits(row)))
-  bits = _mean(_bits(best))
+  best = min(results["rows"], key=lambda row: mean(_bits(row)))
+  bits = mean(_bits(best))
   lines.append(f"- best is {best['row']} with {bits:.3f} bits per byte")
   for name, code in results["baselines"].items():
     if code is not None:
@@ -161,11 +162,11 @@ def _table(results) -> str:
   ]
   for row in results["rows"]:
     runs = row["runs"]
-    bits = f"{_mean(_bits(row)):.3f}"
+    bits = f"{mean(_bits(row)):.3f}"
     if len(runs) > 1:
-      bits += f" ± {_deviation(_bits(row)):.3f}"
-    accuracy = _mean([100 * run["held_out"]["accuracy"] for run in runs])
-    speed = _mean([run["tokens_per_second"] for run in runs])
+      bits += f" ± {deviation(_bits(row)):.3f}"
+    accuracy = mean([100 * run["held_out"]["accuracy"] for run in runs])
+    speed = mean([run["tokens_per_second"] for run in runs])
     cells = [row["row"], f"{row['parameters']:,}", bits, f"{accuracy:.1f}"]
     cells += [f"{speed:,.0f}", str(len(runs))]
     lines.append("| " + " | ".join(cells) + " |")
@@ -179,20 +180,6 @@ def _table(results) -> str:
     " as much as they can hold. All rows have one learning rate."
   )
   return "\n".join([*lines, "", note, "", *verdict(results), ""])
-
-
-def _gain(mine: list[float], base: list[float]) -> str:
-  """The difference in bits per byte, its interval and what it says."""
-  gain = _mean(mine) - _mean(base)
-  if min(len(mine), len(base)) < 3:
-    return f"{gain:+.3f} bits per byte"
-  noise = _quantile(len(mine) + len(base) - 2) * math.hypot(
-    *(_deviation(v) / math.sqrt(len(v)) for v in (mine, base))
-  )
-  word = "worse" if gain > 0 else "better"
-  if abs(gain) <= noise:
-    word = "no effect shown at this scale"
-  return f"{gain:+.3f} ± {noise:.3f} bits per byte ({word})"
 
 
 def _plot(results, path: pathlib.Path) -> None:
@@ -268,20 +255,3 @@ def _plot(results, path: pathlib.Path) -> None:
 def _bits(row) -> list[float]:
   """Held-out bits per byte of each seed."""
   return [run["held_out"]["bits_per_byte"] for run in row["runs"]]
-
-
-def _mean(values) -> float:
-  return sum(values) / len(values)
-
-
-def _deviation(values) -> float:
-  if len(values) < 2:
-    return 0.0
-  mean = _mean(values)
-  return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-
-
-def _quantile(freedom: int) -> float:
-  """Student's t at 97.5 %; for degrees not listed, of the next fewer."""
-  table = {4: 2.78, 5: 2.57, 6: 2.45, 8: 2.31, 10: 2.23, 15: 2.13, 30: 2.04}
-  return table[max(k for k in table if k <= freedom)]

@@ -1,12 +1,14 @@
 """The recall experiment's table and plot, drawn from its JSON alone."""
 
 import collections
+import functools
 import json
 import math
 import os
 import pathlib
 from typing import Any
 
+from experiments.compare import deviation, gain, mean
 from experiments.recall_settings import PAPER_TABLE, Setting, identity
 from experiments.results import write_json, write_text
 
@@ -116,8 +118,11 @@ def verdict(rows: list[dict[str, Any]], pairs: list[int]) -> list[str]:
     if base is None or not row["polarized"]:
       continue
     few |= min(len(row["runs"]), len(base["runs"])) < 3
-    at_most = _gain(*(_columns(r, pairs[-1:])[0] for r in (row, base)))
-    overall = _gain(*(_means(_columns(r, pairs)) for r in (row, base)))
+    points = functools.partial(
+      gain, unit="points", digits=1, more_is_better=True
+    )
+    at_most = points(*(_columns(r, pairs[-1:])[0] for r in (row, base)))
+    overall = points(*(_means(_columns(r, pairs)) for r in (row, base)))
     lines.append(
       f"- {row['row']} against {base['row']}: {at_most} at {pairs[-1]} pairs;"
       f" {overall} in the mean"
@@ -128,20 +133,6 @@ def verdict(rows: list[dict[str, Any]], pairs: list[int]) -> list[str]:
       " more with --seeds 0 1 2."
     )
   return lines
-
-
-def _gain(mine: list[float], base: list[float]) -> str:
-  """The difference in points, its interval and what it says."""
-  gain = _average(mine) - _average(base)
-  if min(len(mine), len(base)) < 3:
-    return f"{gain:+.1f} points"
-  noise = _quantile(len(mine) + len(base) - 2) * math.hypot(
-    _error(mine), _error(base)
-  )
-  word = "better" if gain > 0 else "worse"
-  if abs(gain) <= noise:
-    word = "no effect shown at this scale"
-  return f"{gain:+.1f} ± {noise:.1f} points ({word})"
 
 
 def _plot(rows, pairs, label, path: pathlib.Path, preset) -> None:
@@ -162,8 +153,8 @@ def _plot(rows, pairs, label, path: pathlib.Path, preset) -> None:
       "markersize": 5,
     }
     columns = _columns(row, pairs)
-    means = [_average(c) for c in columns]
-    deviations = [_deviation(c) for c in columns]
+    means = [mean(c) for c in columns]
+    deviations = [deviation(c) for c in columns]
     left.errorbar(
       pairs, means, deviations, capsize=3, label=row["row"], **style
     )
@@ -218,33 +209,11 @@ def _columns(row, pairs) -> list[list[float]]:
 
 def _means(columns) -> list[float]:
   """Of each seed, over the numbers of pairs."""
-  return [_average(values) for values in zip(*columns, strict=True)]
+  return [mean(values) for values in zip(*columns, strict=True)]
 
 
 def _mean(values) -> str:
-  text = f"{_average(values):.1f}"
+  text = f"{mean(values):.1f}"
   if len(values) > 1:
-    text += f" ± {_deviation(values):.1f}"
+    text += f" ± {deviation(values):.1f}"
   return text
-
-
-def _average(values) -> float:
-  return sum(values) / len(values)
-
-
-def _deviation(values) -> float:
-  if len(values) < 2:
-    return 0.0
-  mean = _average(values)
-  return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-
-
-def _error(values) -> float:
-  """Standard error of the mean."""
-  return _deviation(values) / math.sqrt(len(values))
-
-
-def _quantile(freedom: int) -> float:
-  """Student's t at 97.5 %; for degrees not listed, of the next fewer."""
-  table = {4: 2.78, 5: 2.57, 6: 2.45, 8: 2.31, 10: 2.23, 15: 2.13, 30: 2.04}
-  return table[max(k for k in table if k <= freedom)]
