@@ -1,5 +1,6 @@
 """Scans of arrays on a mesh: divided over rows and channels, and equal."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import assert_close
+from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 
-from ssmjax.ops import linear_scan, selective_scan
+import kernels_pallas
+from ssmjax.ops import dispatch, linear_scan, selective_scan
+from ssmjax.ops.selective_chunked_backward import backward_blocks
+from ssmjax.ops.selective_chunked_forward import forward_blocks
 from ssmjax.types import Polarization
 
 B, T, D, N = 4, 24, 16, 3
@@ -79,10 +84,21 @@ def expected(op):
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("op", OPS)
 def test_scan_under_jit_alone_is_divided_and_equal(op, spec, kind, strict):
-  mesh = jax.make_mesh((2, 2), ("data", "model"), (KINDS[kind],) * 2)
+  mesh = square(kind)
   args = put(*arrays(op), mesh, SPECS[spec])
-  run = jax.jit(gradient(op))
-  assert_close(jax.device_get(run(*args)), expected(op))
+  with known(mesh):
+    actual = jax.jit(gradient(op))(*args)
+  assert_close(jax.device_get(actual), expected(op))
+
+
+def square(kind):
+  return jax.make_mesh((2, 2), ("data", "model"), (KINDS[kind],) * 2)
+
+
+def known(mesh):
+  """Explicit shardings say their mesh by themselves."""
+  explicit = bool(mesh.abstract_mesh.explicit_axes)
+  return contextlib.nullcontext() if explicit else jax.set_mesh(mesh)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "associative"])
@@ -90,7 +106,7 @@ def test_scan_under_jit_alone_is_divided_and_equal(op, spec, kind, strict):
 def test_every_implementation_takes_shardings_in_types(
   op, implementation, strict
 ):
-  mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Explicit,) * 2)
+  mesh = square("explicit")
   run = jax.jit(gradient(op, implementation=implementation))
   actual = run(*put(*arrays(op), mesh, SPECS["time"]))
   assert_close(jax.device_get(actual), expected(op))
@@ -99,18 +115,20 @@ def test_every_implementation_takes_shardings_in_types(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("op", OPS)
 def test_stacked_models_are_divided_like_one(op, kind, strict):
-  mesh = jax.make_mesh((2, 2), ("data", "model"), (KINDS[kind],) * 2)
+  mesh = square(kind)
   args, ids = arrays(op)
   stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x / 2]), tree)
   run = jax.vmap(gradient(op), (0, None))
   wanted = jax.jit(run)(stack(args), ids)
   args, ids = put(args, ids, mesh, SPECS["rows"])
-  assert_close(jax.device_get(jax.jit(run)(stack(args), ids)), wanted)
+  with known(mesh):
+    actual = jax.jit(run)(stack(args), ids)
+  assert_close(jax.device_get(actual), wanted)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_what_a_shard_map_leaves_open_is_left_to_the_compiler(op, strict):
-  mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2)
+  mesh = square("auto")
   args, ids = arrays(op)
   args, ids = put(args, ids, mesh, SPECS["rows"])
   rows = {name: jax.P("data") for name in args}
@@ -125,3 +143,54 @@ def test_what_a_shard_map_leaves_open_is_left_to_the_compiler(op, strict):
   )
   actual = jax.jit(jax.value_and_grad(run))(args, ids)
   assert_close(jax.device_get(actual), expected(op))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_arrays_that_have_left_a_mesh_are_not_divided_over_it(op, strict):
+  # Their types still have it: jax.device_put keeps them.
+  args = put(*arrays(op), square("auto"), SPECS["rows"])
+  args = jax.device_put(args, jax.devices()[0])
+  assert_close(jax.jit(gradient(op))(*args), expected(op))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("stacked", [False, True], ids=["one", "stacked"])
+def test_a_kernel_is_divided_over_rows_where_no_mesh_was_set(
+  spec, stacked, blocks, strict
+):
+  args, ids = arrays("selective_scan")
+  mesh = square("auto")
+  divided, ids = put(args, ids, mesh, SPECS[spec])
+  run = gradient("selective_scan")
+  if stacked:
+    stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x / 2]), tree)
+    run, args, divided = jax.vmap(run, (0, None)), stack(args), stack(divided)
+  wanted = jax.jit(run)(args, jax.device_put(ids, jax.devices()[0]))
+  blocks.clear()
+  actual = jax.jit(run)(divided, ids)
+  assert_close(jax.device_get(actual), jax.device_get(wanted))
+  # Two models of four rows: their eight rows go over two devices, by model.
+  assert (B if stacked else 1) in blocks
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+  """The CPU's blocks as a kernel for CPUs, and the rows it was traced for."""
+  seen = []
+
+  def watched(function):
+    def run(rows, shared, **static):
+      seen.append(rows["u"].shape[0])
+      return function(rows, shared, **static)
+
+    return run
+
+  passes = kernels_pallas.Kernel(
+    watched(forward_blocks), watched(backward_blocks)
+  )
+  monkeypatch.setattr(kernels_pallas, "kernels", lambda op: {"cpu": passes})
+  lowering = functools.partial(dispatch._kernel_lowering, lowered_for="cpu")
+  mlir.register_lowering(dispatch._kernel_p, lowering, platform="cpu")
+  jax.clear_caches()
+  yield seen
+  jax.clear_caches()

@@ -21,6 +21,7 @@ from jax import lax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from ssmjax.ops.partition import divided_rows
 from ssmjax.types import check_choice
 
 __all__ = ["IMPLEMENTATIONS", "run"]
@@ -113,7 +114,9 @@ def _only_on(op, platform, function):
     leaves, tree = jax.tree.flatten(args)
     run = lambda *leaves: function(*jax.tree.unflatten(tree, leaves), **static)
     jaxpr, out = jax.make_jaxpr(run, return_shape=True)(*leaves)
-    leaves = _kernel_p.bind(*leaves, jaxpr=jaxpr, op=op, platform=platform)
+    leaves = _kernel_p.bind(
+      *leaves, jaxpr=jaxpr, run=run, op=op, platform=platform
+    )
     return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
   return call
@@ -124,30 +127,40 @@ _kernel_p.multiple_results = True
 _kernel_p.def_abstract_eval(lambda *args, jaxpr, **params: jaxpr.out_avals)
 
 
-def _kernel_lowering(ctx, *args, jaxpr, op, platform, lowered_for=None):
+def _kernel_lowering(ctx, *args, jaxpr, run, op, platform, lowered_for=None):
   if lowered_for == platform:
-    context = ctx.module_context
-    if _compiler_divides(context.axis_context):
-      raise NotImplementedError(
-        f"{op}: the compiler cannot divide a kernel over several devices. Call"
-        " it inside a jax.shard_map over all axes of the mesh, give its"
-        " arguments a NamedSharding so that it makes one itself, or pass"
-        " implementation='chunked'."
-      )
-    context = context.replace(platforms=(platform,))
-    run = mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)
-    return run(ctx.replace(module_context=context), *args)
+    context = ctx.module_context.replace(platforms=(platform,))
+    function = jaxpr_as_fun(jaxpr)
+    mesh = _compilers_mesh(ctx, op)
+    if mesh is not None:
+      rows = jaxpr.out_avals[0].shape[0]
+      leaves = lambda *x: jax.tree.leaves(run(*x))
+      function = lambda *x: divided_rows(leaves, mesh, x, rows)
+    lower = mlir.lower_fun(function, multiple_results=True)
+    return lower(ctx.replace(module_context=context), *args)
   # In a branch of another platform, which nobody takes.
   zeros = lambda *_: [jnp.zeros(x.shape, x.dtype) for x in jaxpr.out_avals]
   return mlir.lower_fun(zeros, multiple_results=True)(ctx, *args)
 
 
-def _compiler_divides(context):
-  """Whether axes of the mesh are left to the compiler."""
+def _compilers_mesh(ctx, op):
+  """The mesh of a program that the compiler divides, None if it does not."""
+  context = ctx.module_context.axis_context
   if isinstance(context, mlir.SPMDAxisContext):
     manual = context.manual_axes | set(context.mesh.manual_axes)
-    return not manual.issuperset(context.mesh.axis_names)
-  return isinstance(context, mlir.ShardingContext) and context.num_devices > 1
+    if manual.issuperset(context.mesh.axis_names):
+      return None
+  elif not isinstance(context, mlir.ShardingContext) or context.num_devices < 2:
+    return None
+  else:
+    for x in ctx.avals_in:
+      if x.sharding.mesh.size == context.num_devices:
+        return x.sharding.mesh
+  raise NotImplementedError(
+    f"{op}: the compiler cannot divide a kernel over several devices. Enter"
+    " their mesh by jax.set_mesh, call it inside a jax.shard_map over all axes"
+    " of the mesh, or pass implementation='chunked'."
+  )
 
 
 mlir.register_lowering(_kernel_p, _kernel_lowering)

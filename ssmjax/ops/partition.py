@@ -3,9 +3,13 @@
 Under `jax.shard_map` each device scans its part. Under `jax.jit` alone the
 compiler divides a program, but to it a kernel is a black box, and so are loops
 over blocks (a rule for it by `custom_partitioning` does not reach TPUs). Rows
-and channels of a scan are independent; so a scan whose arguments lie on a mesh
-gets a `shard_map` of its own, and what is sharded otherwise is moved there and
-back.
+and channels of a scan are independent; so where the mesh is known when an op
+is traced, by `jax.set_mesh` or from explicit shardings, the op gets a
+`shard_map` of its own, and what is sharded otherwise is moved there and back.
+
+Without `set_mesh`, automatic shardings are known only when a program is
+lowered (the mesh in the type of an array may be one that it has left): there
+`divided_rows` divides a kernel over its rows.
 """
 
 import math
@@ -14,7 +18,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["divided"]
+__all__ = ["divided", "divided_rows"]
 
 
 def divided(
@@ -82,16 +86,39 @@ def divided(
   )(*arrays)
 
 
+def divided_rows(
+  run: Callable[..., Any], mesh: Any, arrays: Sequence[Any], rows: int
+) -> Any:
+  """Call `run(*arrays)`, each device of the mesh on its rows.
+
+  All results lead with the rows, and so do the arguments but those that lead
+  with groups, each of which serves as many rows.
+  """
+  groups = math.gcd(*(x.shape[0] for x in arrays))
+  names = _dividing(mesh, mesh.axis_names, groups if groups > 1 else rows)
+  return jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=tuple(jax.P(names) if x.shape[0] > 1 else jax.P() for x in arrays),
+    out_specs=jax.P(names),
+    check_vma=False,
+  )(*arrays)
+
+
 def _mesh(args, only_typed):
-  """The mesh that arrays lie on, if it is to be divided over here.
+  """The mesh that a scan is to be divided over here, or None.
 
   Within a `shard_map` over some axes the others stay the compiler's: JAX
   cannot differentiate one `shard_map` in another yet.
   """
-  for x in jax.tree.leaves(args):
-    mesh = jax.typeof(x).sharding.mesh
-    if mesh.size > 1 and not mesh.manual_axes:
-      return mesh if mesh.explicit_axes or not only_typed else None
+  context = jax.sharding.get_abstract_mesh()
+  meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)]
+  meshes = [x for x in meshes if x.explicit_axes]
+  if not only_typed:
+    meshes = [context, *meshes]
+  for mesh in meshes:
+    if mesh.size > 1 and not mesh.manual_axes and not context.manual_axes:
+      return mesh
   return None
 
 

@@ -69,8 +69,8 @@ def selective_scan(
   zero-order hold. With complex A, B or C there is no factor 2: a layer that
   keeps half of the conjugate pairs doubles y itself.
 
-  Arguments on a mesh are divided over its devices by rows and channels, see
-  `ssmjax.ops.partition`; whatever else is sharded is gathered.
+  Over a mesh (explicit shardings, or within `jax.set_mesh`) each device scans
+  its rows and channels; whatever else is sharded is gathered.
 
   Args:
     u: inputs, `[B, T, D]`, float32, bfloat16 or (under x64) float64.
