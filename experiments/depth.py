@@ -1,8 +1,9 @@
 """What depth does: slope, bound, premise, κ and sharpness at 2, 8, 24 layers.
 
-Claim: with depth, influence in a default Mamba dies away less steeply than in
-one layer, but still does, and tokens' outputs keep apart by the residual;
-polarized Mambas and attention keep the far past at every depth.
+Claim: with depth, influence in a fresh default Mamba dies away less steeply in
+Mamba's own initialisation, and as 2^(-lag) in the authors' at every depth;
+polarized Mambas and attention keep the far past; blocks of Mambas keep tokens
+apart, those of fresh attention do not.
 
 Commands::
 
@@ -16,7 +17,8 @@ slope, log A_max, the share of (t, n) with A + Δ ≤ 1, κ, E(h)/E(b), and the
 relative sharpness of mixer's and block's outputs, mean over seeds with their
 standard deviation. Results per layer are in results.json.
 
-Cost: preset default, at most 15 minutes on 2 cores: 45 models.
+Cost: preset default, 45 models, most of the time compiling 15 of them; not
+timed on a quiet machine.
 """
 
 import dataclasses
