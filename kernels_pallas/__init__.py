@@ -8,6 +8,10 @@ backward pass; `ssmjax.ops` makes a differentiable op of them.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+# Importing it adds to what JAX's caches are keyed by: if a kernel did so in the
+# middle of a program's first trace, its second call would compile it again.
+import jax.experimental.pallas.tpu  # noqa: F401
+
 __all__ = ["Kernel", "kernels"]
 
 
@@ -24,7 +28,7 @@ def kernels(op: str) -> dict[str, Kernel]:
   The contracts are those of `ssmjax.ops.selective_fused.fused` and
   `ssmjax.ops.scan_fused.fused`.
   """
-  # Pallas takes a while to import, and most programs run one op.
+  # Most programs run one op, on one platform.
   if op == "selective_scan":
     from kernels_pallas import (
       selective_scan_gpu,

@@ -12,15 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-
-# Importing it adds to what JAX's caches are keyed by: if a kernel did so in the
-# middle of a program's first trace, its second call would compile it again.
-import jax.experimental.pallas.tpu
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+import kernels_pallas
 from ssmjax.ops.partition import divided_rows
 from ssmjax.types import check_choice
 
@@ -60,8 +57,6 @@ def run(
     check_choice(op, "implementation", implementation, IMPLEMENTATIONS)
   if implementation not in (None, "pallas"):
     return forms[implementation](*args, **static)
-  import kernels_pallas
-
   kernels = kernels_pallas.kernels(op)
   chunked = functools.partial(forms["chunked"], **static)
   if implementation == "pallas":
