@@ -174,7 +174,14 @@ class Mamba(nnx.Module):
       "Mamba", {"x": (x, f"B T M={self.d_model}"),
                 "segment_ids": (segment_ids, "B T")}
     )  # fmt: skip
-    y, _, conv_state, ssm_state, _ = self._mix(x, state, segment_ids)
+    u, z, delta, B, C, conv_state = self._before_scan(x, state, segment_ids)
+    y, ssm_state = ops.selective_scan(
+      u, delta, self._A(), B, C, self.D[...], z=z,
+      delta_bias=self.dt_bias[...], delta_softplus=True,
+      polarization=self.config.polarization,
+      initial_state=None if state is None else state.ssm,
+      segment_ids=segment_ids, implementation=self.config.implementation,
+    )  # fmt: skip
     y = dense(y, self.out_proj[...]).astype(x.dtype)
     return y, MambaState(conv_state, ssm_state)
 
@@ -226,7 +233,7 @@ class Mamba(nnx.Module):
     a = exp(ΔA) (polarized), dt = Δ, b = B u; the readout is
     W_out ((C·h + D u) · silu(z)).
     """
-    _, z, _, _, (u, delta, B, C) = self._mix(x, None, None)
+    u, z, delta, B, C, _ = self._before_scan(x, None, None)
     dt = jax.nn.softplus(delta.astype(jnp.float32) + self.dt_bias[...])
     a = selective_decay(dt, self._A(), self.config.polarization)
     b = u[..., None].astype(jnp.float32) * B[:, :, None].astype(jnp.float32)
@@ -237,8 +244,8 @@ class Mamba(nnx.Module):
     initial_state = jnp.zeros((a.shape[0], *a.shape[2:]), jnp.float32)
     return Recurrence(a, dt[..., None], b, initial_state, readout)
 
-  def _mix(self, x, state, segment_ids):
-    """Everything before out_proj, and what Eq. 1 needs."""
+  def _before_scan(self, x, state, segment_ids):
+    """u, z, Δ (before bias and softplus), B, C and the convolution's state."""
     if segment_ids is not None:
       # Not only the outputs: a weight's gradient would meet NaN · 0.
       x = jnp.where(segment_ids[..., None] > 0, x, jnp.zeros_like(x))
@@ -249,15 +256,7 @@ class Mamba(nnx.Module):
       segment_ids=segment_ids,
     )  # fmt: skip
     u = jax.nn.silu(u)
-    delta, B, C = self._select(u)
-    y, ssm_state = ops.selective_scan(
-      u, delta, self._A(), B, C, self.D[...], z=z,
-      delta_bias=self.dt_bias[...], delta_softplus=True,
-      polarization=self.config.polarization,
-      initial_state=None if state is None else state.ssm,
-      segment_ids=segment_ids, implementation=self.config.implementation,
-    )  # fmt: skip
-    return y, z, conv_state, ssm_state, (u, delta, B, C)
+    return u, z, *self._select(u), conv_state
 
   def _split_input(self, x):
     x = x.astype(self.config.dtype)
