@@ -6,6 +6,8 @@ from ssmjax.ops.conv import (
   causal_conv_step,
 )
 from ssmjax.ops.cross_entropy import linear_cross_entropy
+from ssmjax.ops.lti import bilinear, bilinear_dplr, zero_order_hold
+from ssmjax.ops.lti_hippo import hippo_legs, hippo_legs_dplr, hippo_legt
 from ssmjax.ops.scan import linear_scan, linear_scan_reference, linear_step
 from ssmjax.ops.selective import (
   selective_scan,
@@ -14,9 +16,14 @@ from ssmjax.ops.selective import (
 )
 
 __all__ = [
+  "bilinear",
+  "bilinear_dplr",
   "causal_conv",
   "causal_conv_reference",
   "causal_conv_step",
+  "hippo_legs",
+  "hippo_legs_dplr",
+  "hippo_legt",
   "linear_cross_entropy",
   "linear_scan",
   "linear_scan_reference",
@@ -24,4 +31,5 @@ __all__ = [
   "selective_scan",
   "selective_scan_reference",
   "selective_step",
+  "zero_order_hold",
 ]
