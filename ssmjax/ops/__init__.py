@@ -8,6 +8,7 @@ from ssmjax.ops.conv import (
 from ssmjax.ops.cross_entropy import linear_cross_entropy
 from ssmjax.ops.lti import bilinear, bilinear_dplr, zero_order_hold
 from ssmjax.ops.lti_hippo import hippo_legs, hippo_legs_dplr, hippo_legt
+from ssmjax.ops.lti_kernels import dss_kernel, s4_dplr_kernel, s4d_kernel
 from ssmjax.ops.scan import linear_scan, linear_scan_reference, linear_step
 from ssmjax.ops.selective import (
   selective_scan,
@@ -21,6 +22,7 @@ __all__ = [
   "causal_conv",
   "causal_conv_reference",
   "causal_conv_step",
+  "dss_kernel",
   "hippo_legs",
   "hippo_legs_dplr",
   "hippo_legt",
@@ -28,6 +30,8 @@ __all__ = [
   "linear_scan",
   "linear_scan_reference",
   "linear_step",
+  "s4_dplr_kernel",
+  "s4d_kernel",
   "selective_scan",
   "selective_scan_reference",
   "selective_step",
