@@ -1,0 +1,405 @@
+"""The delta rule in chunks: matrix products, and its own backward pass.
+
+With uₜ = βₜ(vₜ - aₜ Sₜ₋₁ᵀ kₜ) the rule is a linear recurrence,
+Sₜ = aₜ Sₜ₋₁ + kₜ uₜᵀ, and within a chunk that starts in S₀ the u of all tokens
+solve one unit lower triangular system (the WY form of the product of
+Householder-like factors: Yang et al. 2024, §3.2),
+
+  (I + L) U = βV - K↓ S₀,   Lₜᵢ = βₜ γₜᵢ kₜ·kᵢ for i < t,   K↓ₜ = βₜ γₜ kₜ
+  Y = Q↓ S₀ + P U,          Pₜᵢ = γₜᵢ qₜ·kᵢ for i <= t,     Q↓ₜ = γₜ qₜ
+  S = γ S₀ + K↑ᵀ U,         K↑ᵢ = γ_{last,i} kᵢ
+
+where γₜᵢ, γₜ and γ are the decays from token i, from the chunk's start to
+token t and over the chunk. Chunks of a piece are computed side by side, except
+for S, which goes from one to the next. Kept for backward: S at their starts.
+
+A matrix product multiplies what its other factor masks, and 0 · inf is NaN. So
+that a document which is not finite, or whose state is not, reaches no other,
+its tokens are taken out (`_clean`) and its results are set to NaN.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+__all__ = ["delta_rule_chunked"]
+
+CHUNK = 64  # Tokens that one triangular system takes, a power of two.
+_PIECE = 8  # Chunks computed side by side.
+_BLOCK = 16  # Rows of the systems and sums that larger ones are made of.
+
+
+@jax.custom_vjp
+def delta_rule_chunked(q, k, v, beta, log_a, state, valid, restart):
+  """Run `ops.delta`'s recurrence: y `[B, T, H, P]` and the final state."""
+  y, final, _ = _forward(q, k, v, beta, log_a, state, valid, restart)
+  return y, final
+
+
+def _once(function):
+  """`function`, with an error that says the way out where it is derived."""
+  function = jax.custom_jvp(function)
+
+  @function.defjvp
+  def _refuse(primals, tangents):
+    raise NotImplementedError(
+      "delta_rule: the chunked form has first-order derivatives only. Pass"
+      " implementation='reference' to differentiate again."
+    )
+
+  return function
+
+
+@_once
+def _keep(*args):
+  y, final, states = _forward(*args)
+  return (y, final), (args, states)
+
+
+@_once
+def _pull(residuals, cotangents):
+  """Go back through the pieces, each from its chunks' own states."""
+  (q, k, v, beta, log_a, _, valid, restart), states = residuals
+  dy, dfinal = cotangents
+  tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
+  split, join = _pieces(v.shape[1])
+  xs = jax.tree.map(split, (tokens, (valid, restart), dy))
+  dstate, grads = lax.scan(_piece_back, dfinal, (xs, states), reverse=True)
+  grads = jax.tree.map(join, grads)
+  return (*(grads[name] for name in tokens), dstate, None, None)
+
+
+delta_rule_chunked.defvjp(_keep, _pull)
+
+
+def _forward(q, k, v, beta, log_a, state, valid, restart):
+  tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
+  split, join = _pieces(v.shape[1])
+  xs = jax.tree.map(split, (tokens, (valid, restart)))
+  final, (y, states) = lax.scan(_piece, state, xs)
+  return join(y), final, states
+
+
+def _pieces(length):
+  """Functions that cut `[B, T, H, …]` into pieces of chunks, and join them.
+
+  Pieces are `[pieces, B, H, chunks, CHUNK, …]`, masks without H.
+  """
+  size = min(CHUNK, 1 << (length - 1).bit_length())
+  chunks = -(-length // size)
+  pieces = -(-chunks // _PIECE)
+  chunks = -(-chunks // pieces)
+
+  def split(x):
+    # A token of zeros is neutral: it writes nothing and forgets nothing.
+    tail = pieces * chunks * size - length
+    x = jnp.pad(x, ((0, 0), (0, tail)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(x.shape[0], pieces, chunks, size, *x.shape[2:])
+    x = jnp.moveaxis(x, 1, 0)
+    return x if x.ndim == 4 else jnp.moveaxis(x, 4, 2)
+
+  def join(x):
+    x = jnp.moveaxis(jnp.moveaxis(x, 2, 4), 0, 1)
+    x = x.reshape(x.shape[0], -1, *x.shape[4:])
+    return x[:, :length]
+
+  return split, join
+
+
+def _piece(state, xs):
+  """Run the chunks of a piece; y, and the states before each chunk."""
+  tokens, (valid, restart) = xs
+  parts = _parts(restart, tokens["v"].shape)
+  tokens, sick = _clean(tokens, valid)
+  f = _factors(tokens, parts, state.dtype)
+  w, u = _solved(f, _inverses(f["system"]))
+  spoiled = _after(sick, parts)
+
+  def chunk(state, xs):
+    total, k_up, w, u, stays, ends_sick = xs
+    clean, lost = _finite(state)
+    u = u - _dot("tk,kp->tp", w, clean)
+    new = total[..., None, None] * clean + _dot("tk,tp->kp", k_up, u)
+    lost = (lost & stays) | ends_sick
+    return _spoil(new, lost), (state, u)
+
+  xs = (f["total"], f["k_up"], w, u, parts["stays"], spoiled[..., -1])
+  state, (states, u) = lax.scan(chunk, state, jax.tree.map(_chunks_first, xs))
+  states, u = _chunks_back(states), _chunks_back(u)
+  clean, lost = _finite(states)
+  y = _dot("tk,kp->tp", f["q_down"], clean) + _dot("ti,ip->tp", f["p"], u)
+  y = _spoil(y, spoiled | (lost[..., None] & parts["sees"]))
+  return state, (_valid_only(y, valid).astype(tokens["v"].dtype), states)
+
+
+def _piece_back(dstate, xs):
+  """Go back through a piece; the cotangents of its tokens."""
+  (tokens, (valid, restart), dy), states = xs
+  parts = _parts(restart, tokens["v"].shape)
+  tokens, sick = _clean(tokens, valid)
+  f, pull = jax.vjp(
+    lambda tokens: _factors(tokens, parts, dstate.dtype), tokens
+  )
+  inverses = _inverses(f["system"])
+  w, u = _solved(f, inverses)
+  states, lost = _finite(states)
+  u = u - _dot("tk,kp->tp", w, states)
+  spoiled = _after(sick, parts) | (lost[..., None] & parts["sees"])
+  dy = _valid_only(dy, valid).astype(dstate.dtype)
+  spoiled |= ~jnp.isfinite(dy).all(-1)
+  dy = jnp.where(spoiled[..., None], 0, dy)
+  spoiled = _before(spoiled, parts)
+  du = _dot("ti,tp->ip", f["p"], dy)
+  own = _dot("tk,tp->kp", f["q_down"], dy)
+
+  def chunk(dstate, xs):
+    total, k_up, w, own, du, stays, begins_sick = xs
+    clean, lost = _finite(dstate)
+    du = du + _dot("tk,kp->tp", k_up, clean)
+    new = total[..., None, None] * clean + own - _dot("tk,tp->kp", w, du)
+    lost = (lost & stays) | begins_sick
+    return _spoil(new, lost), (dstate, du)
+
+  begins_sick = spoiled[..., 0] & parts["sees"][..., 0]
+  xs = (f["total"], f["k_up"], w, own, du, parts["stays"], begins_sick)
+  dstate, (dstates, du) = lax.scan(
+    chunk, dstate, jax.tree.map(_chunks_first, xs), reverse=True
+  )
+  dstates, du = _chunks_back(dstates), _chunks_back(du)
+  dstates, lost = _finite(dstates)
+  dright = _solve(f["system"], inverses, du, transpose=True)
+  (grads,) = pull(
+    dict(
+      system=-_dot("tp,ip->ti", dright, u),
+      p=_dot("tp,ip->ti", dy, u),
+      q_down=_dot("tp,kp->tk", dy, states),
+      k_down=-_dot("tp,kp->tk", dright, states),
+      k_up=_dot("tp,kp->tk", u, dstates),
+      write=dright,
+      total=(states * dstates).sum((-2, -1)),
+    )
+  )
+  spoiled |= lost[..., None] & parts["leaves"]
+  grads = jax.tree.map(lambda x: _valid_only(_spoil(x, spoiled), valid), grads)
+  return dstate, grads
+
+
+def _factors(tokens, parts, dtype):
+  """All that a chunk's equations take of its tokens, see the module."""
+  exact = tokens["q"].dtype == tokens["k"].dtype == jnp.bfloat16
+  q, k, v, beta = (tokens[x].astype(dtype) for x in ("q", "k", "v", "beta"))
+  # A product of two bfloat16 is exact in one pass of any matrix unit.
+  precision = lax.Precision.DEFAULT if exact else lax.Precision.HIGHEST
+  kk = _dot("tk,ik->ti", k, k, precision)
+  p = _dot("tk,ik->ti", q, k, precision)
+  size = k.shape[-2]
+  past = np.tril(np.ones((size, size), bool), -1)[None, None, None]
+  system = jnp.where(parts["mask"] & past, beta[..., None] * kk, 0)
+  p = jnp.where(parts["mask"], p, 0)
+  sees, leaves = parts["sees"][..., None], parts["leaves"][..., None]
+  q_down = jnp.where(sees, q, 0)
+  k_down = jnp.where(sees, beta[..., None] * k, 0)
+  k_up = jnp.where(leaves, k, 0)
+  total = jnp.broadcast_to(parts["stays"], k.shape[:3]).astype(dtype)
+  if tokens["log_a"] is not None:
+    log_a = tokens["log_a"].astype(dtype)
+    between = _segment_sums(log_a)
+    decay = jnp.exp(jnp.where(parts["mask"], between, -jnp.inf))
+    system, p = system * decay, p * decay
+    down = jnp.exp(jnp.cumsum(log_a, -1))[..., None]
+    q_down, k_down = q_down * down, k_down * down
+    k_up = k_up * decay[..., -1, :, None]
+    total = total * down[..., -1, 0]
+  return dict(
+    system=system, p=p, q_down=q_down, k_down=k_down, k_up=k_up, total=total,
+    write=beta[..., None] * v,
+  )  # fmt: skip
+
+
+def _solved(f, inverses):
+  """(I + L)⁻¹ K↓ and (I + L)⁻¹ βV."""
+  keys = f["k_down"].shape[-1]
+  right = jnp.concatenate([f["k_down"], f["write"]], -1)
+  solved = _solve(f["system"], inverses, right)
+  return solved[..., :keys], solved[..., keys:]
+
+
+def _inverses(system):
+  """The inverses of the blocks on the diagonal of I + L, row after row."""
+  size = system.shape[-1]
+  block = min(_BLOCK, size)
+  blocks = jnp.stack(
+    [system[..., i : i + block, i : i + block] for i in range(0, size, block)],
+    -3,
+  )
+  eye = jnp.broadcast_to(jnp.eye(block, dtype=system.dtype), blocks.shape)
+  inverse = eye
+  for i in range(1, block):
+    known = blocks[..., i, :i, None] * inverse[..., :i, :]
+    row = eye[..., i, :] - known.sum(-2)
+    inverse = inverse.at[..., i, :].set(row)
+  return inverse
+
+
+def _solve(system, inverses, right, *, transpose=False):
+  """(I + L)⁻¹ R, or (I + L)⁻ᵀ R, a block of rows after the other.
+
+  Inverses are of small blocks only. That of all of I + L, made of halves or of
+  powers of L, loses digits that substitution keeps: at equal keys and β = 1.9,
+  float32, 100 times as much.
+  """
+  size, block = system.shape[-1], inverses.shape[-1]
+  axes = "it,ip->tp" if transpose else "ti,ip->tp"
+  solved = None
+  for i in range(0, size, block)[:: -1 if transpose else 1]:
+    rows = slice(i, i + block)
+    x = right[..., rows, :]
+    if solved is not None:
+      if transpose:
+        known = system[..., i + block :, rows]
+      else:
+        known = system[..., rows, :i]
+      x = x - _dot(axes, known, solved)
+    x = _dot(axes, inverses[..., i // block, :, :], x)
+    if solved is None:
+      solved = x
+    else:
+      solved = jnp.concatenate([x, solved] if transpose else [solved, x], -2)
+  return solved
+
+
+def _segment_sums(x):
+  """Σ x over i < j <= t as `[…, t, i]`, for i <= t; 0 or whatever above.
+
+  No sum is taken from another, which would lose the small terms after a large
+  one and make infinity minus infinity of exact zeros: t's own block up to t,
+  the blocks between, and i's own block from i on are added.
+  """
+  size = x.shape[-1]
+  block = min(_BLOCK, size)
+  count = size // block
+  x = x.reshape(*x.shape[:-1], count, block)
+
+  def sums(x):
+    past = np.tril(np.ones((x.shape[-1],) * 2, bool), -1)
+    past = past.reshape((1,) * (x.ndim - 1) + past.shape)
+    return jnp.cumsum(jnp.where(past, x[..., None], 0), -2)
+
+  inner = sums(x)
+  if count == 1:
+    return inner[..., 0, :, :]
+  upto, onwards = jnp.cumsum(x, -1), inner[..., -1, :]
+  outer = sums(x.sum(-1))
+  # Blocks strictly between: those before t's, one row further down.
+  outer = jnp.pad(
+    outer[..., :-1, :], ((0, 0),) * (outer.ndim - 2) + ((1, 0), (0, 0))
+  )
+  outer = (
+    outer[..., :, None, :, None]
+    + upto[..., :, :, None, None]
+    + onwards[..., None, None, :, :]
+  )
+  same = np.eye(count, dtype=bool)[:, None, :, None]
+  same = same.reshape((1,) * (outer.ndim - 4) + same.shape)
+  total = jnp.where(same, inner[..., :, :, None, :], outer)
+  return total.reshape(*total.shape[:-4], size, size)
+
+
+def _parts(restart, shape):
+  """Which tokens of a chunk are of one document, as masks `[B, 1, n, C]`.
+
+  start, end: first and last index of the token's part; sees, leaves: whether
+  it is the first or the last of the chunk; stays: whether there is only one;
+  mask: whether i is in t's part and not after t, `[…, t, i]`.
+  """
+  batch, _, chunks, size, _ = shape
+  time = np.arange(size, dtype=np.int32)
+  mask = (time[:, None] >= time[None])[None, None, None]
+  if restart is None:
+    full = lambda value: jnp.full((batch, 1, chunks, size), value)
+    return dict(
+      mask=mask, start=full(np.int32(0)), end=full(time[-1]), sees=full(True),
+      leaves=full(True), stays=jnp.full((batch, 1, chunks), True),
+    )  # fmt: skip
+  restart = restart[:, None]
+  time = jnp.broadcast_to(time[None, None, None], restart.shape)
+  number = jnp.cumsum(restart.astype(jnp.int32), -1)
+  start = lax.cummax(jnp.where(restart, time, 0), axis=3)
+  ends = jnp.pad(restart[..., 1:], ((0, 0),) * 3 + ((0, 1),))
+  end = lax.cummin(jnp.where(ends, time, size - 1), axis=3, reverse=True)
+  return dict(
+    mask=mask & (number[..., :, None] == number[..., None, :]),
+    start=start, end=end, sees=number == 0,
+    leaves=number == number[..., -1:], stays=number[..., -1] == 0,
+  )  # fmt: skip
+
+
+def _clean(tokens, valid):
+  """Tokens without padding and without what is not finite, and where that was.
+
+  A decay of 0, a log of -inf, is sound.
+  """
+  tokens = {
+    name: None if x is None else _valid_only(x, valid)
+    for name, x in tokens.items()
+  }
+  sick = ~jnp.isfinite(tokens["beta"])
+  for name in "qkv":
+    sick |= ~jnp.isfinite(tokens[name]).all(-1)
+  if tokens["log_a"] is not None:
+    sick |= ~(tokens["log_a"] < jnp.inf)
+  take_out = lambda x: jnp.where(_like(sick, x), 0, x)
+  return jax.tree.map(take_out, tokens), sick
+
+
+def _after(sick, parts):
+  """Whether a sick token is in the token's part, not after it."""
+  time = lax.broadcasted_iota(jnp.int32, sick.shape, 3)
+  return lax.cummax(jnp.where(sick, time, -1), axis=3) >= parts["start"]
+
+
+def _before(sick, parts):
+  """Whether a sick token is in the token's part, not before it."""
+  size = sick.shape[3]
+  time = lax.broadcasted_iota(jnp.int32, sick.shape, 3)
+  first = lax.cummin(jnp.where(sick, time, size), axis=3, reverse=True)
+  return first <= parts["end"]
+
+
+def _finite(state):
+  """The states, 0 where not all of one is finite, and which those are."""
+  lost = ~jnp.isfinite(state).all((-2, -1))
+  return jnp.where(_like(lost, state), 0, state), lost
+
+
+def _spoil(x, where):
+  return jnp.where(_like(where, x), jnp.nan, x)
+
+
+def _valid_only(x, valid):
+  """x, 0 at padding."""
+  return x if valid is None else jnp.where(_like(valid[:, None], x), x, 0)
+
+
+def _like(mask, x):
+  """The mask with x's rank."""
+  return lax.expand_dims(mask, range(mask.ndim, x.ndim))
+
+
+def _chunks_first(x):
+  return jnp.moveaxis(x, 2, 0)
+
+
+def _chunks_back(x):
+  return jnp.moveaxis(x, 0, 2)
+
+
+def _dot(axes, x, y, precision=lax.Precision.HIGHEST):
+  """Multiply matrices, with all their leading axes; float32 sums."""
+  x_axes, rest = axes.split(",")
+  y_axes, out = rest.split("->")
+  return jnp.einsum(
+    f"...{x_axes},...{y_axes}->...{out}", x, y, precision=precision,
+    preferred_element_type=x.dtype,
+  )  # fmt: skip
