@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import assert_close
+from flax import nnx
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 
 import kernels_pallas
+from ssmjax.models import LanguageModel, ModelConfig
 from ssmjax.ops import dispatch, linear_scan, selective_scan
 from ssmjax.ops.selective_chunked_backward import backward_blocks
 from ssmjax.ops.selective_chunked_forward import forward_blocks
@@ -194,3 +196,21 @@ def blocks(monkeypatch):
   jax.clear_caches()
   yield seen
   jax.clear_caches()
+
+
+def test_a_language_model_has_its_gradient_on_explicit_shardings():
+  config = ModelConfig(64, 16, 2)
+  graph, params = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))
+  tokens = jnp.arange(4 * 12).reshape(4, 12) % 64
+
+  @jax.jit
+  @jax.value_and_grad
+  def gradient(params, tokens):
+    logits, _ = nnx.merge(graph, params)(tokens)
+    return jnp.square(logits).mean()
+
+  wanted = gradient(params, tokens)
+  mesh = square("explicit")
+  put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, jax.P(*axes)))
+  actual = gradient(jax.tree.map(put, params), put(tokens, "data"))
+  assert_close(jax.device_get(actual), jax.device_get(wanted))

@@ -326,7 +326,7 @@ class LanguageModel(nnx.Module):
     # Out of range is NaN, not a neighbour's embedding; a negative id is not
     # counted from the end.
     tokens = jnp.where(tokens < 0, self.config.vocab_size, tokens)
-    x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill")
+    x = _rows(self.embedding[...], tokens)
     if self.positions is not None:
       x = x + jnp.take(self.positions[...], position, axis=0, mode="fill")
     valid = ids > 0
@@ -335,6 +335,19 @@ class LanguageModel(nnx.Module):
     restarted = segment[:, -1] > 0
     length = jnp.where(restarted, 0, length) + inside.sum(1, dtype=jnp.int32)
     return x, length
+
+
+def _rows(table, indices):
+  """Rows of a table; NaN where there is none.
+
+  Where shardings are in the types, a gather cannot tell its own: it is that of
+  the indices.
+  """
+  sharding = jax.typeof(indices).sharding
+  out = None
+  if sharding.mesh.explicit_axes:
+    out = jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec, None))
+  return table.at[indices].get(mode="fill", out_sharding=out)
 
 
 def _layers(apply, segment_ids, x, xs):
