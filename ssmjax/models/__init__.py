@@ -7,8 +7,17 @@ from ssmjax.models.layers import LayerNorm, RMSNorm
 from ssmjax.models.lm import Block, LanguageModel, ModelConfig, ModelState
 from ssmjax.models.losses import gather_labels, labelled_loss
 from ssmjax.models.mamba import Mamba, MambaConfig, MambaState
+from ssmjax.models.min_rnn import (
+  MinGRU,
+  MinGRUConfig,
+  MinLSTM,
+  MinLSTMConfig,
+  MinRNNState,
+)
+from ssmjax.models.rglru import RGLRU, RGLRUConfig, RGLRUState
 
 __all__ = [
+  "RGLRU",
   "Attention",
   "AttentionConfig",
   "AttentionState",
@@ -18,8 +27,15 @@ __all__ = [
   "Mamba",
   "MambaConfig",
   "MambaState",
+  "MinGRU",
+  "MinGRUConfig",
+  "MinLSTM",
+  "MinLSTMConfig",
+  "MinRNNState",
   "ModelConfig",
   "ModelState",
+  "RGLRUConfig",
+  "RGLRUState",
   "RMSNorm",
   "config_from_json",
   "config_to_json",

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from ssmjax.models.attention import AttentionConfig
 from ssmjax.models.lm import ModelConfig
 from ssmjax.models.mamba import MambaConfig
+from ssmjax.models.min_rnn import MinGRUConfig, MinLSTMConfig
+from ssmjax.models.rglru import RGLRUConfig
 from ssmjax.types import Polarization
 
 __all__ = ["config_from_json", "config_to_json"]
@@ -75,7 +77,13 @@ def config_from_json(fields: dict[str, Any]) -> ModelConfig:
   return _read(ModelConfig, fields, "")
 
 
-_MIXERS = {"mamba": MambaConfig, "attention": AttentionConfig}
+_MIXERS = {
+  "mamba": MambaConfig,
+  "attention": AttentionConfig,
+  "rglru": RGLRUConfig,
+  "mingru": MinGRUConfig,
+  "minlstm": MinLSTMConfig,
+}
 
 
 def _kind(mixer) -> str:
