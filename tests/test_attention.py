@@ -19,8 +19,8 @@ quick_jit = functools.partial(
 
 
 @functools.cache
-def mixer(positions="rope"):
-  config = AttentionConfig(HEADS, positions, max_length=512)
+def mixer(positions="rope", window=None):
+  config = AttentionConfig(HEADS, positions, max_length=512, window=window)
   build = lambda key: Attention(WIDTH, config, rngs=nnx.Rngs(key))
   model = quick_jit(build)(jax.random.key(0))
   # Sharp weights, so that a wrong key is seen.
@@ -62,6 +62,95 @@ def test_attention_in_blocks_goes_on_from_a_state():
   np.testing.assert_array_equal(state.length, LENGTH)
 
 
+# Within a block of queries, over several of them, and as long as the row.
+@pytest.mark.parametrize(
+  "window",
+  [7, 280, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 300))],
+)
+def test_windowed_attention_equals_the_softmax_written_out(window):
+  x, segment_ids = inputs()
+  model = mixer(window=window)
+  y, state = run(model, x, None, segment_ids)
+  assert state.keys.shape[1] == window
+  for row, tokens in [
+    (0, slice(None)), (1, slice(90)), (1, slice(100, None))
+  ]:  # fmt: skip
+    expected = written_out(model, x[row, tokens], "rope", window)
+    assert_close(y[row, tokens], expected, jnp.float32)
+  assert not y[1, 90:100].any()
+
+
+@pytest.mark.parametrize(
+  "window", [5, pytest.param(40, marks=pytest.mark.nightly)]
+)
+def test_windowed_attention_goes_on_from_its_ring_of_keys(window):
+  x, segment_ids = inputs()
+  # Padding between tokens takes no room in the window.
+  segment_ids = np.where(np.arange(LENGTH) % 7 == 3, 0, segment_ids)
+  model = mixer(window=window)
+  expected, end = run(model, x, None, segment_ids)
+  state, ys = model.init_state(2), []
+  for piece in jnp.split(jnp.arange(LENGTH), [2, 14, 15]):
+    y, state = run(model, x[:, piece], state, segment_ids[:, piece])
+    ys.append(y)
+  assert_close(jnp.concatenate(ys, 1), expected)
+  assert_close(state, end, jnp.float32)
+
+
+def test_windowed_attention_steps_for_as_long_as_it_likes():
+  x, _ = inputs()
+  model = mixer(window=4)
+  expected, _ = run(model, x[:, :24], None, None)
+
+  @quick_jit
+  def steps(model, x):
+    body = lambda state, x: model.step(x, state)[::-1]
+    return jax.lax.scan(body, model.init_state(2), jnp.moveaxis(x, 1, 0))
+
+  state, y = steps(model, x[:, :24])
+  assert_close(jnp.moveaxis(y, 0, 1), expected)
+  assert state.keys.shape[1] == 4
+  np.testing.assert_array_equal(state.length, 24)
+
+
+def test_windowed_attentions_gradient_is_that_of_the_masked_softmax():
+  x, segment_ids = inputs()
+  weights = jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+  def windowed(model, x):
+    return (model(x, segment_ids=segment_ids)[0] * weights).sum()
+
+  def plain(model, x):
+    whole = [
+      masked(model, x[row, tokens], 7)
+      for row, tokens in [
+        (0, slice(None)),
+        (1, slice(90)),
+        (1, slice(100, 300)),
+      ]
+    ]
+    parts = [weights[0], weights[1, :90], weights[1, 100:]]
+    return sum((y * w).sum() for y, w in zip(whole, parts, strict=True))
+
+  model = mixer("none", 7)
+  found = quick_jit(jax.grad(windowed, (0, 1)))(model, x)
+  expected = quick_jit(jax.grad(plain, (0, 1)))(model, x)
+  assert_close(jax.tree.leaves(found), jax.tree.leaves(expected))
+
+
+def test_windowed_attentions_memory_grows_with_the_window_alone():
+  model = mixer(window=64)
+  loss = lambda model, x: model(x)[0].sum()
+
+  def temporary(length):
+    x = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32)
+    compiled = quick_jit(jax.grad(loss)).lower(model, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporary(8192) < 2.2 * temporary(4096)
+  assert temporary(8192) < 0.1 * HEADS * 8192**2 * 4
+
+
 def test_attentions_gradient_keeps_no_square_of_scores():
   length = 2048
   x = jnp.zeros((1, length, WIDTH))
@@ -75,6 +164,7 @@ def test_attentions_gradient_keeps_no_square_of_scores():
   ("build", "message"),
   [
     (lambda: AttentionConfig(0), "num_heads is 0, expected 1 or more"),
+    (lambda: AttentionConfig(window=0), "window is 0, expected 1 or more"),
     (lambda: AttentionConfig(positions="sin"), "positions is 'sin', expected"),
     (
       lambda: Attention(8, AttentionConfig(3), rngs=nnx.Rngs(0)),
@@ -91,7 +181,19 @@ def test_attention_refuses_sizes_that_do_not_fit(build, message):
     build()
 
 
-def written_out(model, x, positions):
+def masked(model, x, window):
+  """One document without positions, `[T, M]`, every score at once."""
+  length = len(x)
+  qkv = (x @ model.in_proj[...]).reshape(length, 3, HEADS, -1)
+  q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+  scores = jnp.einsum("qhk,shk->hqs", q, k) / np.sqrt(q.shape[-1])
+  seen = np.tri(length, dtype=bool) & ~np.tri(length, k=-window, dtype=bool)
+  weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1)
+  y = jnp.einsum("hqs,shk->qhk", weights, v).reshape(length, WIDTH)
+  return y @ model.out_proj[...]
+
+
+def written_out(model, x, positions, window=None):
   """One document in NumPy, `[T, M]`; rotations as complex numbers."""
   x = np.asarray(x, np.float64)
   length, half = len(x), WIDTH // HEADS // 2
@@ -105,6 +207,8 @@ def written_out(model, x, positions):
     q, k = q * turn, k * turn
   scores = np.einsum("qhk,shk->hqs", q, k.conj()).real / np.sqrt(2 * half)
   scores[:, np.triu(np.ones((length, length), bool), 1)] = -np.inf
+  if window is not None:
+    scores[:, np.tri(length, k=-window, dtype=bool)] = -np.inf
   weights = np.exp(scores - scores.max(-1, keepdims=True))
   weights /= weights.sum(-1, keepdims=True)
   y = np.einsum("hqs,shk->qhk", weights, v).reshape(length, WIDTH)

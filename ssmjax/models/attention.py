@@ -31,9 +31,11 @@ class AttentionState(NamedTuple):
   """Keys and values of the tokens of the present segment.
 
   Attributes:
-    keys: `[B, S, H, K]`, S the capacity, in the compute dtype.
+    keys: `[B, S, H, K]`, S the capacity, in the compute dtype. With a window,
+      S is the window and the slots are a ring: token n is in slot n mod S.
     values: `[B, S, H, K]`.
-    length: tokens held, `[B]` int32.
+    length: tokens of the segment so far, `[B]` int32; with a window it goes
+      on past S.
   """
 
   keys: Float[Array, "B S H K"]
@@ -51,7 +53,10 @@ class AttentionConfig:
       2104.09864); `"none"` leaves positions to the model (learned ones are
       added to the embedding, see `ModelConfig.max_positions`).
     rope_theta: base of the rotation's wavelengths.
-    max_length: tokens that a state has room for.
+    max_length: tokens that a state has room for; with a window nothing.
+    window: tokens that a token attends to, itself included, as in Griffin's
+      local attention and Mistral; None for all of its past. The state then
+      holds that many tokens, and a sequence may be of any length.
     init: as in `MambaConfig`.
     dtype: dtype of activations; parameters are float32.
   """
@@ -60,6 +65,7 @@ class AttentionConfig:
   positions: Literal["rope", "none"] = "rope"
   rope_theta: float = 10_000.0
   max_length: int = 2048
+  window: int | None = None
   init: Literal["mamba", "authors"] = "mamba"
   dtype: Any = jnp.float32
 
@@ -67,11 +73,11 @@ class AttentionConfig:
     choice = functools.partial(check_choice, "AttentionConfig")
     choice("positions", self.positions, ("rope", "none"))
     choice("init", self.init, ("mamba", "authors"))
-    for name in ("num_heads", "max_length"):
-      if getattr(self, name) < 1:
+    for name in ("num_heads", "max_length", "window"):
+      size = getattr(self, name)
+      if size is not None and size < 1:
         raise ValueError(
-          f"AttentionConfig: {name} is {getattr(self, name)}, expected 1 or"
-          " more."
+          f"AttentionConfig: {name} is {size}, expected 1 or more."
         )
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "Attention":
@@ -84,8 +90,11 @@ class Attention(nnx.Module):
 
   yₜ = W_out Σ_{s ≤ t} softmax_s(qₜ · k_s / √K) v_s
 
-  A token attends to its own segment only. Source: Vaswani et al. 2017 (arXiv
-  1706.03762).
+  A token attends to its own segment only, and with a window to t - s < window:
+  there time and memory of a long sequence grow with T·window.
+
+  Source: Vaswani et al. 2017 (arXiv 1706.03762); windows, Beltagy et al. 2020
+  (arXiv 2004.05150).
   """
 
   def __init__(
@@ -134,7 +143,7 @@ class Attention(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it. Where
       a state has no room for a token, y is NaN from there on: nothing is
-      forgotten silently.
+      forgotten silently. With a window there is always room.
 
     Raises:
       ValueError: x of another width, or longer than a given state's capacity
@@ -146,17 +155,19 @@ class Attention(nnx.Module):
     )  # fmt: skip
     check_segment_ids("Attention", segment_ids)
     batch, length, _ = x.shape
+    window = self.config.window
     if state is None:
       state = self.init_state(batch, max(length, self.config.max_length))
       fresh = True
     else:
       fresh = False
-    if length > state.keys.shape[1]:
+    if window is None and length > state.keys.shape[1]:
       raise ValueError(
         f"Attention: x has {length} tokens, expected at most the state's"
         f" capacity of {state.keys.shape[1]}. Use init_state(batch_size,"
         " max_length)."
       )
+    padded = segment_ids is not None and length > 1
     if segment_ids is None:
       segment_ids = jnp.ones((batch, length), jnp.int32)
     valid = segment_ids > 0
@@ -164,13 +175,18 @@ class Attention(nnx.Module):
     segment, position = token_positions(segment_ids, state.length)
     capacity = state.keys.shape[1]
     full = (segment == 0) & (position >= capacity) & valid
+    if window is not None:
+      full = jnp.zeros_like(valid)
     # A NaN key or value, masked or not, would reach the tokens before it.
     x = jnp.where((valid & ~full)[..., None], x, jnp.zeros_like(x))
     q, k, v = self._project(x, position)
     # A token of the first segment goes on from the state.
     old = None if fresh else (state.keys, state.values, state.length)
-    y = _attend(q, k, v, segment, valid, old)
-    state = _append(state, k, v, segment, position, valid)
+    if window is None or (fresh and length <= window):
+      y = _attend(q, k, v, segment, valid, old)
+    else:
+      y = _attend_window(q, k, v, segment, valid, old, window, padded)
+    state = _append(state, k, v, segment, position, valid, window)
     y = y.reshape(batch, length, self.d_model)
     y = dense(y, self.out_proj[...]).astype(x_dtype)
     y = jnp.where(full[..., None], jnp.asarray(jnp.nan, y.dtype), y)
@@ -195,11 +211,11 @@ class Attention(nnx.Module):
   def init_state(
     self, batch_size: int, max_length: int | None = None
   ) -> AttentionState:
-    """An empty state with room for `max_length` tokens."""
+    """An empty state with room for `max_length` tokens, or for a window."""
     heads = self.config.num_heads
     shape = (
       batch_size,
-      max_length or self.config.max_length,
+      self.config.window or max_length or self.config.max_length,
       heads,
       self.d_model // heads,
     )
@@ -295,6 +311,78 @@ def _attend_block(q, segment, time, key_side, old):
   return _mix(weights[..., :split], old_values) + _mix(weights[..., split:], v)
 
 
+def _attend_window(q, k, v, segment, valid, old, window, padded):
+  """As `_attend`, over the last `window` tokens only.
+
+  The window's keys before this call stand before its own, and padding before
+  both, so that what a query sees are the `window` keys up to its own place:
+  a block of queries needs one slice.
+  """
+  length = q.shape[1]
+  keys, values, key_segment, key_valid = (
+    jnp.concatenate(pair, 1)
+    for pair in zip(_held(old, k, window), (k, v, segment, valid), strict=True)
+  )
+  back = None
+  if padded:
+    order = jnp.argsort(key_valid, axis=1, stable=True)
+    keys, values, key_segment, key_valid = (
+      _permute(x, order) for x in (keys, values, key_segment, key_valid)
+    )
+    order = jnp.argsort(valid, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    q, segment = _permute(q, order), _permute(segment, order)
+  size = min(length, _QUERY_BLOCK)
+  count = -(-length // size)
+  # Of queries, key i + window stands at query i's own place.
+  pad = lambda x: jnp.pad(
+    x, ((0, 0), (0, count * size - length)) + ((0, 0),) * (x.ndim - 2)
+  )
+  keys, values, key_segment, key_valid, q, segment = map(
+    pad, (keys, values, key_segment, key_valid, q, segment)
+  )
+  place = jnp.arange(size, dtype=jnp.int32)[:, None]
+  key_place = jnp.arange(window + size, dtype=jnp.int32)[None]
+  seen = (key_place > place) & (key_place <= place + window)
+
+  def block(start):
+    cut = lambda x, n: jax.lax.dynamic_slice_in_dim(x, start, n, 1)
+    near = lambda x: cut(x, window + size)
+    mask = cut(segment, size)[:, :, None] == near(key_segment)[:, None]
+    mask &= near(key_valid)[:, None] & seen[None]
+    scores = _scores(cut(q, size), near(keys), mask)
+    return _mix(jax.nn.softmax(scores, -1), near(values))
+
+  if count == 1:
+    y = block(0)
+  else:
+    starts = size * jnp.arange(count, dtype=jnp.int32)
+    y = jax.lax.map(jax.checkpoint(block), starts)
+    y = jnp.moveaxis(y, 0, 1).reshape(q.shape)
+  y = y[:, :length]
+  return y if back is None else _permute(y, back)
+
+
+def _held(old, like, window):
+  """The ring in the order of time: keys, values, segments and which are."""
+  batch = like.shape[0]
+  segment = jnp.zeros((batch, window), jnp.int32)
+  if old is None:
+    zeros = jnp.zeros((batch, window, *like.shape[2:]), like.dtype)
+    return zeros, zeros, segment, jnp.zeros((batch, window), jnp.bool_)
+  keys, values, length = old
+  place = jnp.arange(window, dtype=jnp.int32)[None]
+  slot = (length[:, None] + place) % window
+  held = place >= window - length[:, None]
+  return _permute(keys, slot), _permute(values, slot), segment, held
+
+
+def _permute(x, order):
+  """x `[B, T, …]` in another order of time, `[B, T]`."""
+  order = order.reshape(*order.shape, *(1,) * (x.ndim - 2))
+  return jnp.take_along_axis(x, order, 1)
+
+
 def _scores(q, k, mask: Bool[Array, "B Q S"]):
   scores = jnp.einsum(
     "bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32
@@ -311,17 +399,22 @@ def _mix(weights, v):
   ).astype(v.dtype)  # fmt: skip
 
 
-def _append(state, k, v, segment, position, valid):
+def _append(state, k, v, segment, position, valid, window):
   """Keep the tokens of the last segment, at their positions."""
   last = segment[:, -1:]
   restarted = last[:, 0] > 0
   kept = valid & (segment == last)
-  slot = jnp.where(kept, position, state.keys.shape[1])
+  length = jnp.where(restarted, 0, state.length) + kept.sum(1, dtype=jnp.int32)
+  slot = position
+  if window is not None:
+    # Each slot is written once: of two writes, which is last is not said.
+    kept &= position >= length[:, None] - window
+    slot = position % window
+  slot = jnp.where(kept, slot, state.keys.shape[1])
   rows = jnp.arange(k.shape[0])[:, None]
   write = lambda old, new: old.at[rows, slot].set(
     new.astype(old.dtype), mode="drop"
   )
-  length = jnp.where(restarted, 0, state.length) + kept.sum(1, dtype=jnp.int32)
   return AttentionState(write(state.keys, k), write(state.values, v), length)
 
 
