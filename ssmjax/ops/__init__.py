@@ -14,12 +14,6 @@ from ssmjax.ops.delta import (
 from ssmjax.ops.lti import bilinear, bilinear_dplr, zero_order_hold
 from ssmjax.ops.lti_hippo import hippo_legs, hippo_legs_dplr, hippo_legt
 from ssmjax.ops.lti_kernels import dss_kernel, s4_dplr_kernel, s4d_kernel
-from ssmjax.ops.lti_scan import lti_scan, lti_scan_reference, lti_step
-from ssmjax.ops.gla import (
-  gated_linear_attention,
-  gated_linear_attention_reference,
-  gated_linear_attention_step,
-)
 from ssmjax.ops.scan import linear_scan, linear_scan_reference, linear_step
 from ssmjax.ops.selective import (
   selective_scan,
@@ -37,9 +31,6 @@ __all__ = [
   "delta_rule_reference",
   "delta_rule_step",
   "dss_kernel",
-  "gated_linear_attention",
-  "gated_linear_attention_reference",
-  "gated_linear_attention_step",
   "hippo_legs",
   "hippo_legs_dplr",
   "hippo_legt",
@@ -47,9 +38,6 @@ __all__ = [
   "linear_scan",
   "linear_scan_reference",
   "linear_step",
-  "lti_scan",
-  "lti_scan_reference",
-  "lti_step",
   "s4_dplr_kernel",
   "s4d_kernel",
   "selective_scan",
