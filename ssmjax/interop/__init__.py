@@ -1,0 +1,6 @@
+"""Published checkpoints in, and trained models out."""
+
+from ssmjax.interop.loading import abstract_pretrained, load_pretrained
+from ssmjax.interop.saving import save_pretrained
+
+__all__ = ["abstract_pretrained", "load_pretrained", "save_pretrained"]

@@ -1,0 +1,117 @@
+"""What a published format of checkpoints is: two maps and a table.
+
+A format maps configurations there and back, and has a table of tensors: what
+each is called there, where it is here, and how the two lie to each other.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ssmjax.models import ModelConfig
+
+__all__ = [
+  "DEPTHWISE",
+  "LINEAR",
+  "SAME",
+  "Format",
+  "Layout",
+  "Tensor",
+  "lacking",
+  "refusal",
+  "whole_number",
+]
+
+
+class Layout(NamedTuple):
+  """How a published tensor lies to the parameter: two views of one another.
+
+  Attributes:
+    take: from the published tensor to the parameter of one layer.
+    give: the way back.
+  """
+
+  take: Callable[[np.ndarray], np.ndarray]
+  give: Callable[[np.ndarray], np.ndarray]
+
+
+class Tensor(NamedTuple):
+  """One line of a table.
+
+  Attributes:
+    parameter: its name here, in the model or in a block of it.
+    names: its names there; the first is the one that is written.
+    layout: how the two lie.
+    wide: float32 whatever dtype is asked for.
+    default: what a parameter without its tensor is filled with, where the
+      configuration says that there is none.
+  """
+
+  parameter: str
+  names: tuple[str, ...]
+  layout: Layout
+  wide: bool = False
+  default: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """A published format.
+
+  Attributes:
+    name: as `save_pretrained` takes it.
+    title: what errors call it.
+    matches: whether a configuration file is of this format.
+    read_config: a configuration file's fields and the dtype of activations to
+      the model's configuration.
+    mixer: the kind of layer that it holds; None where there is no way back.
+    write_config: the way back; refuses what the format cannot hold.
+    tensors: of the model outside its layers.
+    layer_tensors: of each layer, in which `{}` is its number.
+    head: names of the output matrix, which repeats the embedding.
+    absent: from the fields, parameters of layers that have no tensor.
+  """
+
+  name: str
+  title: str
+  matches: Callable[[dict[str, Any]], bool]
+  read_config: Callable[[dict[str, Any], Any], ModelConfig]
+  mixer: type | None = None
+  write_config: Callable[[ModelConfig], dict[str, Any]] | None = None
+  tensors: tuple[Tensor, ...] = ()
+  layer_tensors: tuple[Tensor, ...] = ()
+  head: str = "lm_head.weight"
+  absent: Callable[[dict[str, Any]], set[str]] = lambda fields: set()
+
+
+SAME = Layout(lambda x: x, lambda x: x)
+# PyTorch's linear layers hold (out, in), ours (in, out).
+LINEAR = Layout(np.transpose, np.transpose)
+# [D, 1, W] there, [W, D] here.
+DEPTHWISE = Layout(lambda x: x[:, 0].T, lambda x: x.T[:, None])
+
+
+def whole_number(
+  fields: dict[str, Any], name: str, default: int | None = None
+) -> int:
+  """Read a field that is a number of something, at least one."""
+  value = fields.get(name, default)
+  if type(value) is not int or value < 1:
+    raise refusal(name, value, "an integer, 1 or more")
+  return value
+
+
+def refusal(name: str, value: Any, expected: str) -> ValueError:
+  """Make the error of a field that is not what it should be."""
+  return ValueError(
+    f"load_pretrained: {name} of config.json is {value!r}, expected {expected}."
+  )
+
+
+def lacking(found: str, what: str) -> NotImplementedError:
+  """Make the error of a feature that the layers here do not have."""
+  return NotImplementedError(
+    f"load_pretrained: {found} in config.json, and there is no {what} here."
+  )

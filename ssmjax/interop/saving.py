@@ -1,0 +1,170 @@
+"""Trained models out, in published formats."""
+
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from ssmjax.interop.families import FORMATS
+from ssmjax.interop.naming import layers, parameters
+from ssmjax.interop.tensor_files import TensorSpec, write_safetensors
+from ssmjax.models import LanguageModel
+from ssmjax.types import check_choice
+
+__all__ = ["save_pretrained"]
+
+
+def save_pretrained(
+  path: str | os.PathLike,
+  model: LanguageModel,
+  *,
+  format: Literal["hf", "native"] = "hf",
+  shard_size: int = 5 * 10**9,
+) -> None:
+  """Save a Mamba as a folder that other libraries load.
+
+  The folder appears whole or not at all: it is written under another name
+  beside its place, flushed to disk, and renamed. Tensors leave the devices one
+  layer at a time, in the dtype that they have.
+
+  Args:
+    path: the folder to make; one that is there has to be empty.
+    model: of Mamba layers that are all alike.
+    format: `"hf"`, which `transformers.MambaForCausalLM.from_pretrained`
+      loads; `"native"`, the names and the configuration of the mamba_ssm
+      package, whose `MambaLMHeadModel` takes the file by
+      `safetensors.torch.load_model`.
+    shard_size: bytes of tensors that a file may hold; more go into several
+      files with an index. One tensor is never divided.
+
+  Raises:
+    ValueError: the folder is there and not empty; parameters that this process
+      does not see whole; a format that is not known.
+    NotImplementedError: what the format cannot hold, by name: polarized
+      channels, an MLP, learned positions, another final norm, attention.
+  """
+  check_choice("save_pretrained", "format", format, ("hf", "native"))
+  folder = pathlib.Path(path)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(
+      f"save_pretrained: {folder} is there already, expected no or an empty"
+      " folder. Save to another, or remove it first."
+    )
+  if shard_size < 1:
+    raise ValueError(
+      f"save_pretrained: shard_size is {shard_size}, expected bytes, 1 or more."
+    )
+  chosen = _chosen(model.config, format)
+  config = chosen.write_config(model.config)
+  config["torch_dtype"] = _dtype(model)
+  specs = _specs(chosen, model)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+  half.mkdir()
+  try:
+    _write_json(half / "config.json", config)
+    _write_tensors(half, specs, shard_size)
+    _flush(half)
+    os.replace(half, folder)
+  except BaseException:
+    shutil.rmtree(half, ignore_errors=True)
+    raise
+  _flush(folder.parent)
+
+
+def _chosen(config, name):
+  """The format of this name that holds layers of this kind."""
+  kind = type(config.mixers[0])
+  for format in FORMATS:
+    if format.name == name and format.mixer is kind:
+      return format
+  raise NotImplementedError(
+    f"save_pretrained: no published format is known for a model whose first"
+    f" mixer has a {kind.__name__}. Keep it as a checkpoint of"
+    " ssmjax.training."
+  )
+
+
+def _specs(format, model) -> dict[str, TensorSpec]:
+  """What is to be written, by name."""
+  arrays = parameters(model)
+  for name, array in arrays.items():
+    if not getattr(array, "is_fully_addressable", True):
+      raise ValueError(
+        f"save_pretrained: {name} lies on devices of several processes."
+        " Gather the model on each first"
+        " (jax.experimental.multihost_utils.process_allgather), and save it on"
+        " one."
+      )
+  specs = {}
+  for entry in format.tensors:
+    specs[entry.names[0]] = _spec(entry, arrays[entry.parameter], None)
+  for number, position, repeat in layers(model):
+    for entry in format.layer_tensors:
+      array = arrays[f"blocks.{position}.{entry.parameter}"]
+      specs[entry.names[0].format(number)] = _spec(entry, array, repeat)
+  return specs
+
+
+def _spec(entry, array, repeat) -> TensorSpec:
+  shape = array.shape if repeat is None else array.shape[1:]
+  like = entry.layout.give(np.broadcast_to(np.int8(0), shape))
+
+  def get():
+    part = array if repeat is None else array[repeat]
+    return entry.layout.give(np.asarray(jax.device_get(part)))
+
+  return TensorSpec(like.shape, np.dtype(array.dtype), get)
+
+
+def _dtype(model) -> str:
+  """The dtype of most parameters, as the configuration names it."""
+  sizes: dict[str, int] = {}
+  for array in parameters(model).values():
+    name = np.dtype(array.dtype).name
+    sizes[name] = sizes.get(name, 0) + array.size
+  return max(sizes, key=lambda name: sizes[name])
+
+
+def _write_tensors(folder, specs, shard_size):
+  """One file, or several and the index that says which tensor is in which."""
+  shards: list[dict[str, TensorSpec]] = [{}]
+  filled = 0
+  for name, spec in specs.items():
+    if shards[-1] and filled + spec.size > shard_size:
+      shards.append({})
+      filled = 0
+    shards[-1][name] = spec
+    filled += spec.size
+  if len(shards) == 1:
+    write_safetensors(folder / "model.safetensors", specs)
+    return
+  table: dict[str, str] = {}
+  for number, shard in enumerate(shards, 1):
+    file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    write_safetensors(folder / file, shard)
+    table.update(dict.fromkeys(shard, file))
+  total = sum(spec.size for spec in specs.values())
+  index = {"metadata": {"total_size": total}, "weight_map": table}
+  _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  with open(path, "w", encoding="utf-8") as file:
+    file.write(json.dumps(value, indent=2) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush(folder: pathlib.Path) -> None:
+  """Make what a folder lists survive a loss of power."""
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)

@@ -1,0 +1,172 @@
+"""A trained model goes out as a checkpoint that others load."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from interop_checkpoints import (
+  HEAD,
+  LAYER,
+  assert_same,
+  forward,
+  header_of,
+  native,
+  weights,
+  whole_model,
+)
+
+from ssmjax.interop import (
+  load_pretrained,
+  save_pretrained,
+)
+from ssmjax.models import (
+  AttentionConfig,
+  LanguageModel,
+  MambaConfig,
+  ModelConfig,
+)
+from ssmjax.types import Polarization
+
+
+@pytest.mark.parametrize("format", ["hf", "native"])
+def test_saved_model_is_loaded_as_it_was(tmp_path, format):
+  model = whole_model()
+  save_pretrained(tmp_path / "out", model, format=format)
+  again = load_pretrained(tmp_path / "out")
+  assert again.config == model.config
+  assert_same(again, model)
+  np.testing.assert_array_equal(forward(again), forward(model))
+
+
+def test_saved_layers_are_in_the_order_of_the_model(tmp_path):
+  mixer = MambaConfig(d_state=3, dt_rank=2)
+  model = trained(mixer, dataclasses.replace(mixer, dt_min=0.01))
+  save_pretrained(tmp_path / "out", model)
+  again = load_pretrained(tmp_path / "out")
+  assert len(again.blocks) == 1
+  for index in range(4):
+    repeat, position = divmod(index, 2)
+    take = lambda x, at=repeat: np.asarray(x)[at]
+    assert_same(
+      jax.tree.map(lambda x, at=index: np.asarray(x)[at], again.blocks[0]),
+      jax.tree.map(take, model.blocks[position]),
+    )
+
+
+def test_saved_file_has_the_published_names_and_shapes(tmp_path):
+  library = pytest.importorskip(
+    "safetensors", reason="the safetensors library is not installed"
+  )
+  save_pretrained(tmp_path / "out", whole_model())
+  tensors, expected = {}, weights()
+  file = tmp_path / "out" / "model.safetensors"
+  with library.safe_open(file, "numpy") as opened:
+    assert opened.metadata() == {"format": "pt"}
+    names = opened.keys()
+    tensors = {name: opened.get_tensor(name) for name in names}
+  assert tensors.keys() == expected.keys()
+  for name, array in tensors.items():
+    np.testing.assert_array_equal(array, expected[name])
+    assert array.dtype == np.float32
+
+
+def test_native_names_are_those_of_the_package(tmp_path):
+  save_pretrained(tmp_path / "out", whole_model(), format="native")
+  found = header_of(tmp_path / "out" / "model.safetensors")
+  assert found.keys() - {"__metadata__"} == native().keys() - {HEAD}
+  fields = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert fields["ssm_cfg"]["dt_rank"] == 3
+  assert fields["pad_vocab_size_multiple"] == 1
+
+
+def test_bfloat16_model_is_saved_in_its_dtypes(tmp_path):
+  save_pretrained(tmp_path / "a", whole_model())
+  model = load_pretrained(tmp_path / "a", dtype=jnp.bfloat16)
+  save_pretrained(tmp_path / "b", model)
+  found = header_of(tmp_path / "b" / "model.safetensors")
+  assert found[f"{LAYER.format(0)}A_log"]["dtype"] == "F32"
+  assert found[f"{LAYER.format(0)}in_proj.weight"]["dtype"] == "BF16"
+  again = load_pretrained(tmp_path / "b", dtype=jnp.bfloat16)
+  assert_same(again, model)
+
+
+def test_large_model_is_saved_in_shards(tmp_path):
+  model = whole_model()
+  save_pretrained(tmp_path / "out", model, shard_size=6000)
+  files = sorted((tmp_path / "out").glob("*.safetensors"))
+  assert len(files) > 2
+  assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+  for file in files:
+    tensors = header_of(file)
+    del tensors["__metadata__"]
+    size = max(entry["data_offsets"][1] for entry in tensors.values())
+    assert size <= 6000 or len(tensors) == 1
+  assert_same(load_pretrained(tmp_path / "out"), model)
+
+
+def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
+  def fail(*args):
+    raise OSError("no space left")
+
+  monkeypatch.setattr("ssmjax.interop.saving._flush", fail)
+  with pytest.raises(OSError, match="no space left"):
+    save_pretrained(tmp_path / "out", whole_model())
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_save_does_not_write_over_what_is_there(tmp_path):
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(ValueError, match="is there already"):
+    save_pretrained(tmp_path, whole_model())
+  with pytest.raises(ValueError, match="is there already"):
+    save_pretrained(tmp_path / "tokenizer.json", whole_model())
+  (tmp_path / "empty").mkdir()
+  save_pretrained(tmp_path / "empty", whole_model())
+  names = {file.name for file in (tmp_path / "empty").iterdir()}
+  assert names == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"mixers": (MambaConfig(polarization=Polarization(ones=1)),)}, "ones=1"),
+    ({"mixers": (MambaConfig(polarization=Polarization(zeros=1)),)}, "zeros=1"),
+    ({"mixers": (MambaConfig(), AttentionConfig())}, "AttentionConf"),
+    ({"mixers": (MambaConfig(), MambaConfig(d_state=4))}, "different sizes"),
+    ({"mlp_ratio": 2}, "MLP"),
+    ({"max_positions": 8}, "learned positions"),
+    ({"final_norm": "layer"}, "final_norm='layer'"),
+  ],
+)
+def test_model_that_the_formats_cannot_hold_is_not_saved(
+  tmp_path, fields, message
+):
+  config = ModelConfig(
+    **{"vocab_size": 8, "d_model": 8, "n_layers": 2} | fields
+  )
+  model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+  for format in ("hf", "native"):
+    with pytest.raises(NotImplementedError, match=message):
+      save_pretrained(tmp_path / "out", model, format=format)
+  assert not (tmp_path / "out").exists()
+
+
+def test_epsilon_that_the_native_format_cannot_say_is_not_saved(tmp_path):
+  config = ModelConfig(8, 8, 2, norm_epsilon=1e-6)
+  model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+  with pytest.raises(NotImplementedError, match="Use format='hf'"):
+    save_pretrained(tmp_path / "out", model, format="native")
+
+
+def trained(*mixers):
+  """A small model of ours whose parameters are all different."""
+  config = ModelConfig(vocab_size=19, d_model=24, n_layers=4, mixers=mixers)
+  random = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype),
+    jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))),
+  )
