@@ -19,7 +19,10 @@ from ssmjax.models import (
   AttentionConfig,
   LanguageModel,
   MambaConfig,
+  MinGRUConfig,
+  MinLSTMConfig,
   ModelConfig,
+  RGLRUConfig,
 )
 from ssmjax.types import Polarization
 
@@ -27,6 +30,7 @@ BOTH = Polarization(ones=1, zeros=1)
 REPLACED = Polarization(ones=1, zeros=1, placement="replace")
 MAMBA = functools.partial(MambaConfig, d_state=4)
 ATTENTION = functools.partial(AttentionConfig, num_heads=2, max_length=12)
+RGLRU = functools.partial(RGLRUConfig, num_blocks=2)
 LM = functools.partial(ModelConfig, 16, 8, 2)
 
 MODELS = {
@@ -37,6 +41,13 @@ MODELS = {
   "mamba_bf16": MAMBA(polarization=BOTH, dtype=jnp.bfloat16),
   "attention": ATTENTION(),
   "attention_bf16": ATTENTION(dtype=jnp.bfloat16),
+  "attention_window": ATTENTION(window=3, max_length=2),
+  "rglru": RGLRU(width=12, init="authors"),
+  "rglru_both": RGLRU(polarization=BOTH),
+  "rglru_bf16": RGLRU(polarization=REPLACED, dtype=jnp.bfloat16),
+  "mingru": MinGRUConfig(expand=2, init="authors"),
+  "mingru_bf16": MinGRUConfig(candidate="linear", dtype=jnp.bfloat16),
+  "minlstm_both": MinLSTMConfig(d_conv=4, polarization=BOTH),
   "lm_mamba": LM(mixers=(MAMBA(),), final_norm="layer", init="authors"),
   "lm_attention": LM(mixers=(ATTENTION(),), mlp_ratio=2),
   "lm_hybrid": LM(
@@ -44,6 +55,10 @@ MODELS = {
     mlp_ratio=2,
     max_positions=12,
   ),
+  "lm_griffin": LM(
+    mixers=(RGLRU(polarization=REPLACED), ATTENTION(window=3)), mlp_ratio=3
+  ),
+  "lm_min_rnn": LM(mixers=(MinGRUConfig(d_conv=4), MinLSTMConfig())),
   "lm_bf16": LM(
     mixers=(MAMBA(dtype=jnp.bfloat16), ATTENTION(dtype=jnp.bfloat16)),
     dtype=jnp.bfloat16,
@@ -52,8 +67,11 @@ MODELS = {
 # What the rest of the table covers, put together in another way.
 NIGHTLY = {
   *("mamba", "mamba_replaced", "mamba_authors", "attention_bf16"),
-  *("lm_mamba", "lm_attention", "lm_bf16"),
+  *("rglru", "rglru_bf16", "mingru", "mingru_bf16"),
+  *("lm_mamba", "lm_attention", "lm_griffin", "lm_min_rnn", "lm_bf16"),
 }
+# Mixers without a diagonal Eq. 1.
+NOT_EQ1 = (AttentionConfig,)
 # Through these, transformations see every mixer and the model around it.
 TRANSFORMED = {"lm_hybrid"}
 
@@ -219,7 +237,7 @@ def test_model_saved_by_orbax_gives_the_same_outputs(name, tmp_path):
 @table(models={k: v for k, v in MODELS.items() if "lm" not in k})
 def test_mixer_shows_its_recurrence_or_says_why_it_has_none(name):
   model, x = model_of(name), inputs(name)
-  if not hasattr(MODELS[name], "d_state"):
+  if isinstance(MODELS[name], NOT_EQ1):
     with pytest.raises(NotImplementedError, match="no diagonal Eq"):
       model.recurrence(x)
     return
