@@ -1,6 +1,7 @@
 """A file that is not whole, or not safe, is refused with the way out."""
 
 import json
+import pickle
 import sys
 import types
 
@@ -144,6 +145,29 @@ def test_pickle_is_only_opened_by_the_weights_only_reader(
   assert_same(load_pretrained(folder), whole_model())
   assert calls
   assert all(options["weights_only"] is True for options in calls)
+
+
+@pytest.mark.parametrize(
+  ("held", "message"),
+  [
+    (pickle.UnpicklingError("Weights only load failed"), "run as code"),
+    (RuntimeError("failed finding central directory"), "not whole"),
+    ({"step": 7}, "holds step, which are no tensors"),
+  ],
+)
+def test_pickle_of_more_than_tensors_is_refused(
+  tmp_path, monkeypatch, held, message
+):
+  def load(path, **options):
+    if isinstance(held, Exception):
+      raise held
+    return held
+
+  monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+  folder = checkpoint(tmp_path, HF, {})
+  (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+  with pytest.raises(ValueError, match=message):
+    load_pretrained(folder)
 
 
 def test_real_pytorch_file_gives_what_safetensors_gives(tmp_path):

@@ -11,6 +11,7 @@ from flax import nnx
 from interop_checkpoints import (
   HEAD,
   LAYER,
+  NATIVE,
   assert_same,
   forward,
   header_of,
@@ -79,6 +80,8 @@ def test_native_names_are_those_of_the_package(tmp_path):
   found = header_of(tmp_path / "out" / "model.safetensors")
   assert found.keys() - {"__metadata__"} == native().keys() - {HEAD}
   fields = json.loads((tmp_path / "out" / "config.json").read_text())
+  # The package refuses a field that it does not know.
+  assert fields.keys() == NATIVE.keys()
   assert fields["ssm_cfg"]["dt_rank"] == 3
   assert fields["pad_vocab_size_multiple"] == 1
 

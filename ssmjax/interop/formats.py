@@ -67,7 +67,8 @@ class Format:
     read_config: a configuration file's fields and the dtype of activations to
       the model's configuration.
     mixer: the kind of layer that it holds; None where there is no way back.
-    write_config: the way back; refuses what the format cannot hold.
+    write_config: the way back, given the name of the weights' dtype; refuses
+      what the format cannot hold.
     tensors: of the model outside its layers.
     layer_tensors: of each layer, in which `{}` is its number.
     head: names of the output matrix, which repeats the embedding.
@@ -79,7 +80,7 @@ class Format:
   matches: Callable[[dict[str, Any]], bool]
   read_config: Callable[[dict[str, Any], Any], ModelConfig]
   mixer: type | None = None
-  write_config: Callable[[ModelConfig], dict[str, Any]] | None = None
+  write_config: Callable[[ModelConfig, str], dict[str, Any]] | None = None
   tensors: tuple[Tensor, ...] = ()
   layer_tensors: tuple[Tensor, ...] = ()
   head: str = "lm_head.weight"

@@ -47,7 +47,8 @@ def load_pretrained(
 
   Tensors go one by one from the file into arrays of the model's own layout on
   the devices: the host has to hold one tensor of one layer (a device's piece
-  of it, if it is sharded), or, of a `.bin` that cannot be mapped, one file.
+  of it, if it is sharded), or, of a `.bin` that cannot be mapped, one file
+  (two to compare an output matrix with the embedding in another).
 
   Args:
     path: the folder.

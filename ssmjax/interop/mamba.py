@@ -56,7 +56,8 @@ def _native_config(fields, dtype) -> ModelConfig:
   )
 
 
-def _native_fields(config: ModelConfig) -> dict[str, Any]:
+def _native_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
+  del dtype
   _check_savable(config)
   mixer: Any = config.mixers[0]
   if config.norm_epsilon != 1e-5:
@@ -64,26 +65,22 @@ def _native_fields(config: ModelConfig) -> dict[str, Any]:
       f"save_pretrained: norm_epsilon is {config.norm_epsilon}, and the native"
       " format has no field for it: its readers take 1e-5. Use format='hf'."
     )
+  # No more than every version of the package reads: it refuses the rest.
   return {
     "d_model": config.d_model,
-    "d_intermediate": 0,
     "n_layer": config.n_layers,
     "vocab_size": config.vocab_size,
     "ssm_cfg": {
-      "layer": "Mamba1",
       "d_state": mixer.d_state,
       "d_conv": mixer.d_conv,
       "expand": mixer.expand,
       "dt_rank": _rank(config),
     },
-    "attn_layer_idx": [],
-    "attn_cfg": {},
     "rms_norm": True,
     "residual_in_fp32": True,
     "fused_add_norm": True,
     # The rows that the table has are all that there are.
     "pad_vocab_size_multiple": 1,
-    "tie_embeddings": True,
   }
 
 
@@ -127,7 +124,7 @@ def _hf_config(fields, dtype) -> ModelConfig:
   )
 
 
-def _hf_fields(config: ModelConfig) -> dict[str, Any]:
+def _hf_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
   _check_savable(config)
   mixer: Any = config.mixers[0]
   return {
@@ -149,6 +146,8 @@ def _hf_fields(config: ModelConfig) -> dict[str, Any]:
     "use_conv_bias": True,
     "residual_in_fp32": True,
     "tie_word_embeddings": True,
+    # What versions before 5 call it, too.
+    "torch_dtype": dtype,
   }
 
 

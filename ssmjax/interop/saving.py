@@ -60,8 +60,7 @@ def save_pretrained(
       f"save_pretrained: shard_size is {shard_size}, expected bytes, 1 or more."
     )
   chosen = _chosen(model.config, format)
-  config = chosen.write_config(model.config)
-  config["torch_dtype"] = _dtype(model)
+  config = chosen.write_config(model.config, _dtype(model))
   specs = _specs(chosen, model)
   folder.parent.mkdir(parents=True, exist_ok=True)
   half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")

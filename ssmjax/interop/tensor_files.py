@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -213,10 +214,23 @@ def _read_pytorch(path) -> dict[str, np.ndarray]:
     ) from error
   options = {"map_location": "cpu", "weights_only": True}
   try:
-    tensors = torch.load(path, mmap=True, **options)
-  except RuntimeError:
-    # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-    tensors = torch.load(path, **options)
+    try:
+      tensors = torch.load(path, mmap=True, **options)
+    except RuntimeError:
+      # Files from before PyTorch 1.6 are no zip archives, to be mapped.
+      tensors = torch.load(path, **options)
+  except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    raise ValueError(
+      f"load_pretrained: PyTorch's weights-only reader does not open"
+      f" {path.name}: it is not whole, or holds more than tensors, which"
+      " loading would run as code. Take model.safetensors."
+    ) from error
+  odd = [name for name, x in tensors.items() if not hasattr(x, "detach")]
+  if odd:
+    raise ValueError(
+      f"load_pretrained: {path.name} holds {', '.join(map(str, odd))}, which"
+      " are no tensors. Save the model's state_dict alone."
+    )
   return {name: _numpy(torch, tensor) for name, tensor in tensors.items()}
 
 
