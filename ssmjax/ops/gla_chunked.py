@@ -1,0 +1,223 @@
+"""Gated linear attention in chunks, as products of matrices.
+
+Within a chunk tokens meet in a matrix of scores `[c, c]`; between chunks only
+the states at their boundaries are kept, `[T/c, K, V]`, of which the backward
+pass recomputes the inside. `ssd` is this form too, with one decay for a head
+and keys shared by a group of heads.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ssmjax.ops.gla_passes import (
+  backward_at_once,
+  backward_in_turn,
+  finite_states,
+  forward_at_once,
+  forward_in_turn,
+)
+from ssmjax.ops.quarantine import document_of, reached, take_out
+from ssmjax.ops.varying import match_varying
+from ssmjax.types import Array, Bool, Float
+
+__all__ = ["gla_chunked"]
+
+# Scores cost c·(K + V) a token, states 2·K·V / c: at K = V = 64 both are one.
+_CHUNK = 64
+
+
+def gla_chunked(
+  q: Float[Array, "B T G K"],
+  k: Float[Array, "B T G K"],
+  v: Float[Array, "B T H V"],
+  log_a: Float[Array, "B T H *K"],
+  bonus: Float[Array, "H K"] | None,
+  state: Float[Array, "B H K V"],
+  valid: Bool[Array, "B T"] | None,
+  restart: Bool[Array, "B T"] | None,
+  *,
+  half: bool,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+  """Run the private contract of `gla` and `ssd`: y and the final state.
+
+  Each of the G groups of q and k serves H // G heads one after another (G = H
+  for a decay by key or a bonus). Everything is computed and returned in the
+  state's dtype; padded tokens may hold anything and their y is 0. With `half`
+  products are of the platform's default precision, which is as much as
+  arguments in bfloat16 hold.
+  """
+  precision = lax.Precision.DEFAULT if half else lax.Precision.HIGHEST
+  args = match_varying(q, k, v, log_a, bonus, state, valid, restart)
+  return _scan(precision, *args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(precision, *args):
+  return _forward(precision, *args)[0]
+
+
+def _forward(
+  precision, q, k, v, log_a, bonus, state, valid, restart
+):  # fmt: skip
+  """(y, final), and what the backward pass wants to know."""
+  args = (q, k, v, log_a, bonus, state, valid, restart)
+  chunk, sick = _cut(q, k, v, log_a, valid, restart, state.dtype)
+  batch, groups = q.shape[0], q.shape[2]
+  y, final, before = _by_platform(
+    (forward_in_turn, forward_at_once), precision, chunk, bonus,
+    _marks(restart, v.shape[1]), state.reshape(batch, groups, -1,
+                                               *state.shape[2:]),
+  )  # fmt: skip
+  y, final = _join(y, v.shape[1]), final.reshape(state.shape)
+  if restart is not None:
+    lost = finite_states(before)[1]
+    ill = sick["y"] | _at_tokens(lost, restart, sick["y"], first=True)
+    ill = reached(ill, restart)
+    y = jnp.where((ill | sick["q"])[..., None], jnp.nan, y)
+    final = jnp.where(ill[:, -1, :, None, None], jnp.nan, final)
+  if valid is not None:
+    y = jnp.where(valid[..., None, None], y, jnp.zeros_like(y))
+  return (y, final), (args, before)
+
+
+def _backward(precision, residuals, cotangents):
+  (q, k, v, log_a, bonus, state, valid, restart), before = residuals
+  dy, dfinal = cotangents
+  if valid is not None:
+    dy = jnp.where(valid[..., None, None], dy, jnp.zeros_like(dy))
+  if restart is not None:
+    dy, sick_dy = take_out(dy)
+
+  def cut(q, k, v, log_a):
+    return _cut(q, k, v, log_a, valid, restart, state.dtype)
+
+  chunk, pull, sick = jax.vjp(cut, q, k, v, log_a, has_aux=True)
+  dchunk, dbonus, dstate, lost_after = _by_platform(
+    (backward_in_turn, backward_at_once), precision, chunk, bonus,
+    _marks(restart, v.shape[1]), before, _split(dy, q.shape[2]),
+    dfinal.reshape(before.shape[1:]),
+  )  # fmt: skip
+  dq, dk, dv, dlog_a = pull(dchunk)
+  dstate = dstate.reshape(state.shape)
+  if restart is not None:
+    lost = finite_states(before)[1]
+    ill = sick["y"] | sick["q"] | sick_dy
+    ill |= _at_tokens(lost, restart, ill, first=True)
+    ill |= _at_tokens(lost_after, restart, ill, first=False)
+    ill = document_of(ill, restart)
+    dstate = jnp.where(ill[:, 0, :, None, None], jnp.nan, dstate)
+    ill &= valid[..., None]
+    of_group = ill.reshape(*ill.shape[:2], q.shape[2], -1).any(-1)
+    dq, dk = _spoil(dq, of_group), _spoil(dk, of_group)
+    dv, dlog_a = _spoil(dv, ill), _spoil(dlog_a, ill)
+    if bonus is not None:
+      dbonus = jnp.where(ill.any((0, 1))[:, None], jnp.nan, dbonus)
+  return dq, dk, dv, dlog_a, dbonus, dstate, None, None
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def _by_platform(passes, precision, *args):
+  """On CPUs chunk after chunk, so that one stays in the cache."""
+  in_turn, at_once = (functools.partial(f, precision) for f in passes)
+  return lax.platform_dependent(*args, cpu=in_turn, default=at_once)
+
+
+def _marks(restart, length):
+  """Which pairs of a chunk's tokens are of one document, and which ends."""
+  if restart is None:
+    return None
+  document = jnp.cumsum(_pieces(restart.astype(jnp.int32), length), -1)
+  row = document[:, :, None, None]  # [N, B, 1, 1, c]
+  first, last = row == 0, row == row[..., -1:]
+  return {
+    "pair": row[..., :, None] == row[..., None, :],
+    "from_start": first[..., None],
+    "to_end": last[..., None],
+    "keep": document[..., -1] == 0,
+  }
+
+
+def _cut(q, k, v, log_a, valid, restart, dtype):
+  """Chunks of clean tokens, and which tokens were not finite.
+
+  Padding has no key, no value and decay 1.
+  """
+  tokens = {"q": q, "k": k, "v": v, "log_a": log_a}
+  chunk, sick = {}, {}
+  for name, x in tokens.items():
+    x = x.astype(dtype)
+    if valid is not None:
+      mask = valid.reshape(*valid.shape, *(1,) * (x.ndim - 2))
+      x = jnp.where(mask, x, jnp.zeros_like(x))
+    if restart is not None:
+      wide = x if x.ndim == 4 else x[..., None]
+      clean, bad = take_out(wide, decay=name == "log_a")
+      x = clean.reshape(x.shape)
+      sick[name] = jnp.repeat(bad, v.shape[2] // bad.shape[2], 2)
+    chunk[name] = _split(x, q.shape[2])
+  chunk |= {name: chunk[name][:, :, :, 0] for name in "qk"}
+  if restart is None:
+    return chunk, None
+  ill = sick["k"] | sick["v"] | sick["log_a"]
+  return chunk, {"y": ill, "q": sick["q"]}
+
+
+def _split(x, groups):
+  """`[B, T, H, ...]` in chunks: `[N, B, G, R, c, ...]`."""
+  x = x.reshape(*x.shape[:2], groups, -1, *x.shape[3:])
+  # Time goes where it is contracted over, behind the heads.
+  return _pieces(jnp.moveaxis(x, 1, 3), x.shape[1], 3)
+
+
+def _pieces(x, length, axis=1):
+  """The time axis cut in chunks of a power of two; zeros fill the last."""
+  size = _size(length)
+  count = -(-length // size)
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, count * size - length)
+  x = jnp.pad(x, widths) if widths[axis][1] else x
+  x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+  return jnp.moveaxis(x, axis, 0)
+
+
+def _join(x, length):
+  """`[N, B, G, R, c, V]` as `[B, T, H, V]`."""
+  x = jnp.transpose(x, (1, 0, 4, 2, 3, 5))
+  count, size = x.shape[1:3]
+  x = x.reshape(x.shape[0], count * size, -1, x.shape[-1])
+  return x[:, :length]
+
+
+def _spoil(gradient, ill):
+  """NaN for the tokens of documents that have one that is not finite."""
+  ill = ill.reshape(ill.shape + (1,) * (gradient.ndim - 3))
+  return jnp.where(ill, jnp.nan, gradient)
+
+
+def _at_tokens(lost, restart, like, *, first):
+  """States `[N, B, G, R]` as sick tokens: the first or last of a chunk.
+
+  A first token that restarts does not read the state before it; nor does a
+  last one reach the state after it, whose chunk then begins anew.
+  """
+  count, batch = lost.shape[:2]
+  length = like.shape[1]
+  size = _size(length)
+  at = jnp.moveaxis(lost, 0, 1).reshape(batch, count, -1)
+  time = jnp.arange(length, dtype=jnp.int32)
+  if first:
+    hit = time % size == 0
+  else:
+    hit = (time % size == size - 1) | (time == length - 1)
+  sick = jnp.repeat(at, size, 1)[:, :length] & hit[None, :, None]
+  return sick & ~restart[..., None] if first else sick
+
+
+def _size(length):
+  """Tokens of a chunk, a power of two."""
+  return min(_CHUNK, 1 << (length - 1).bit_length())
