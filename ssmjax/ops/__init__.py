@@ -14,6 +14,7 @@ from ssmjax.ops.delta import (
 from ssmjax.ops.lti import bilinear, bilinear_dplr, zero_order_hold
 from ssmjax.ops.lti_hippo import hippo_legs, hippo_legs_dplr, hippo_legt
 from ssmjax.ops.lti_kernels import dss_kernel, s4_dplr_kernel, s4d_kernel
+from ssmjax.ops.lti_recurrence import lti_scan, lti_scan_reference, lti_step
 from ssmjax.ops.scan import linear_scan, linear_scan_reference, linear_step
 from ssmjax.ops.selective import (
   selective_scan,
@@ -38,6 +39,9 @@ __all__ = [
   "linear_scan",
   "linear_scan_reference",
   "linear_step",
+  "lti_scan",
+  "lti_scan_reference",
+  "lti_step",
   "s4_dplr_kernel",
   "s4d_kernel",
   "selective_scan",

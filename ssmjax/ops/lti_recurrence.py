@@ -1,0 +1,369 @@
+"""The recurrence of a diagonal time-invariant system (S4D, DSS, EMA)."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ssmjax.ops.lti_powers import integer_powers
+from ssmjax.ops.partition import divided
+from ssmjax.ops.scan import linear_scan
+from ssmjax.ops.segments import segment_masks
+from ssmjax.ops.varying import match_varying
+from ssmjax.types import (
+  Array,
+  Float,
+  Inexact,
+  Int,
+  check_choice,
+  check_inexact,
+  check_segment_ids,
+  check_shapes,
+  real_dtype,
+  state_dtype,
+)
+
+__all__ = ["lti_scan", "lti_scan_reference", "lti_step"]
+
+Implementation = Literal["reference", "associative", "chunked"]
+
+# Tokens between two states in memory; each meets as many taps at most.
+_CHUNK = 64
+
+
+def lti_scan(
+  x: Float[Array, "B T D"],
+  a: Inexact[Array, "D N"],
+  b: Inexact[Array, "D N"],
+  c: Inexact[Array, "D N"],
+  D: Float[Array, " D"] | None = None,
+  *,
+  initial_state: Inexact[Array, "B D N"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T D"], Inexact[Array, "B D N"]]:
+  """Run a diagonal time-invariant recurrence in every channel.
+
+  hₜ = a ∘ hₜ₋₁ + b xₜ,  yₜ = Re Σₙ cₙhₜₙ + D xₜ
+
+  With a, b of `zero_order_hold` or `bilinear` it is S4D, the twin of the
+  convolution by `s4d_kernel`; with any |a| ≤ 1 a (complex) moving average.
+  `"chunked"` keeps one state in 64 tokens: from chunk to chunk it is
+  `linear_scan`, and both ways between states and tokens are matrix products.
+
+  Args:
+    x: inputs, `[B, T, D]`.
+    a: decays of one step, `[D, N]`, real or complex; 0 and 1 are exact.
+    b: input weights, `[D, N]`.
+    c: output weights, `[D, N]`; not conjugated. For one of each pair of
+      conjugates pass 2c.
+    D: weight of xₜ itself, `[D]`.
+    initial_state: h₀, `[B, D, N]`; zeros if None.
+    segment_ids: `[B, T]` int, 1-based, 0 for padding: see `selective_scan`.
+    implementation: `None` and `"chunked"` are differentiable once;
+      `"associative"` (all states in memory) and `"reference"` to any order.
+
+  Returns:
+    y `[B, T, D]` of x's dtype, and the final state `[B, D, N]`, float32 or
+    wider, complex where a or b is. Both carry gradients.
+
+  Raises:
+    ValueError: an argument of the wrong shape or dtype.
+    NotImplementedError: a second derivative of `"chunked"`.
+
+  Source: Gu et al. 2022, S4D (arXiv 2206.11893), §2; Gu et al. 2021, LSSL
+  (arXiv 2110.13985), Eq. 3.
+
+  >>> half = jnp.full((1, 1), 0.5)
+  >>> lti_scan(jnp.ones((1, 3, 1)), half, 2 * half, 2 * half)[0][0, :, 0]
+  Array([1.  , 1.5 , 1.75], dtype=float32)
+  """
+  _check("lti_scan", x, a, b, c, D, initial_state, segment_ids)
+  check_choice(
+    "lti_scan",
+    "implementation",
+    implementation,
+    (None, "reference", "associative", "chunked"),
+  )
+  return _lti_scan(x, a, b, c, D, initial_state, segment_ids, implementation)
+
+
+def lti_step(
+  x: Float[Array, "B D"],
+  a: Inexact[Array, "D N"],
+  b: Inexact[Array, "D N"],
+  c: Inexact[Array, "D N"],
+  D: Float[Array, " D"] | None = None,
+  *,
+  state: Inexact[Array, "B D N"],
+  segment_ids: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B D"], Inexact[Array, "B D N"]]:
+  """Advance `lti_scan` by one token: y `[B, D]`, state `[B, D, N]`."""
+  _check("lti_step", x, a, b, c, D, state, segment_ids, time=False)
+  valid = None if segment_ids is None else segment_ids > 0
+  state = state.astype(state_dtype(a, b, state))
+  state, y = _token(state, (x, valid, None), *_wide(state.dtype, a, b, c, D))
+  return y, state
+
+
+def lti_scan_reference(
+  x: Float[Array, "B T D"],
+  a: Inexact[Array, "D N"],
+  b: Inexact[Array, "D N"],
+  c: Inexact[Array, "D N"],
+  D: Float[Array, " D"] | None = None,
+  *,
+  initial_state: Inexact[Array, "B D N"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T D"], Inexact[Array, "B D N"]]:
+  """Define `lti_scan`: a loop of `lti_step` over the tokens."""
+  _check("lti_scan_reference", x, a, b, c, D, initial_state, segment_ids)
+  state = _initial(x, a, b, c, D, initial_state)
+  masks = segment_masks(segment_ids)
+  time_first = lambda x: None if x is None else jnp.moveaxis(x, 1, 0)
+  state, *xs = match_varying(state, *map(time_first, (x, *masks)))
+  weights = _wide(state.dtype, a, b, c, D)
+  state, y = lax.scan(
+    lambda state, token: _token(state, token, *weights), state, tuple(xs)
+  )
+  return jnp.moveaxis(y, 0, 1), state
+
+
+def _token(state, token, a, b, c, skip):
+  """One token of the definition; no time axis."""
+  x, valid, restart = token
+  y_dtype = x.dtype
+  x = x.astype(skip.dtype)
+  column = lambda mask: mask[:, None, None]
+  if valid is not None:
+    x = jnp.where(valid[:, None], x, 0)
+  old = state
+  if restart is not None:
+    old = jnp.where(column(restart), 0, old)
+  new = a[None] * old + b[None] * x[..., None].astype(state.dtype)
+  y = (c[None] * new.astype(c.dtype)).sum(-1).real + skip[None] * x
+  if valid is not None:
+    y = jnp.where(valid[:, None], y, 0)
+    new = jnp.where(column(valid), new, state)
+  return new, y.astype(y_dtype)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _lti_scan(x, a, b, c, D, initial_state, segment_ids, implementation):
+  """The scan of each device's part, if there are several."""
+  forms = {
+    "reference": lambda *args: lti_scan_reference(
+      *args[:5], initial_state=args[5], segment_ids=args[6]
+    ),
+    "associative": _associative,
+  }
+  return divided(
+    forms.get(implementation or "chunked", _chunked),
+    (x, a, b, c, D, initial_state, segment_ids),
+    ("rtd", "dn", "dn", "dn", "d", "rdn", "rt"),
+    ("rtd", "rdn"),
+    only_typed=implementation in ("reference", "associative"),
+  )
+
+
+def _associative(x, a, b, c, D, initial_state, segment_ids):
+  """All states in memory; differentiable to any order."""
+  state = _initial(x, a, b, c, D, initial_state)
+  valid, _ = segment_masks(segment_ids)
+  y_dtype = x.dtype
+  a, b, c, skip = _wide(state.dtype, a, b, c, D)
+  x = _without_padding(x.astype(skip.dtype), valid)
+  inputs = b[None, None] * x[..., None].astype(state.dtype)
+  states, final = linear_scan(
+    a[None, None], inputs, initial_state=state, segment_ids=segment_ids,
+    implementation="associative",
+  )  # fmt: skip
+  y = jnp.einsum("btdn,dn->btd", states.astype(c.dtype), c).real
+  y = _without_padding(y + skip[None, None] * x, valid)
+  return y.astype(y_dtype), final
+
+
+def _chunked(x, a, b, c, D, initial_state, segment_ids):
+  y_dtype, length = x.dtype, x.shape[1]
+  state = _initial(x, a, b, c, D, initial_state)
+  valid, restart = segment_masks(segment_ids)
+  x, a, b, c, D, state, valid, restart = match_varying(
+    x, a, b, c, D, state, valid, restart
+  )
+  a, b, c, skip = _wide(state.dtype, a, b, c, D)
+  x = _without_padding(x.astype(skip.dtype), valid)
+  segment = count = back = None
+  tokens = x
+  if valid is not None:
+    # Tokens first, padding behind them, so that powers of a count tokens.
+    order = jnp.argsort(~valid, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    tokens = _permute(x, order)
+    starts = jnp.take_along_axis(restart, order, 1)
+    segment = jnp.cumsum(starts.astype(jnp.int32), 1)
+    count = valid.sum(1, dtype=jnp.int32)
+  y, final = _chunks(tokens, a, b, c, state, segment, count)
+  y = y[:, :length]
+  if back is not None:
+    y = _permute(y, back)
+  y = _without_padding(y + skip[None, None] * x, valid)
+  return y.astype(y_dtype), final
+
+
+def _chunks(x, a, b, c, state, segment, count):
+  """y and the state after `count` tokens (all if None), without a skip."""
+  rows, length, channels = x.shape
+  size = min(_CHUNK, length)
+  chunks = -(-length // size)
+  split = lambda x: jnp.pad(
+    x,
+    ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2),
+    mode="constant" if x.ndim == 3 else "edge",
+  ).reshape(rows, chunks, size, *x.shape[2:])
+  # a to the 0, 1, …, size: `[D, N, size + 1]`.
+  table = integer_powers(a, 1, size + 1)
+  blocks = split(x)
+  arriving, before = blocks, None
+  if segment is not None:
+    ids = split(segment)
+    # What ends a chunk is of its last segment; what the state before it
+    # belongs to is the last segment of the chunk before, at first 0.
+    arriving = jnp.where((ids == ids[..., -1:])[..., None], blocks, 0)
+    before = jnp.pad(ids[:, :-1, -1], ((0, 0), (1, 0)))
+  weights = b[..., None] * jnp.flip(table[..., :size], -1)
+  sums = _einsum("bksd,dns->bkdn", arriving, weights)
+  # The initial state comes as an input, so that the first chunk may forget it.
+  sums = jnp.concatenate([state[:, None], sums], 1)
+  restarts = None
+  if segment is not None:
+    restarts = jnp.pad(ids[..., -1], ((0, 0), (1, 0))) + 1
+  step = table[None, None, ..., size]
+  states, _ = linear_scan(step, sums, segment_ids=restarts)
+  states = states[:, :-1]
+  leaving = c[..., None] * table[..., 1:].astype(c.dtype)
+  y = _einsum("bkdn,dnt->bktd", states, leaving)
+  if segment is not None:
+    y = jnp.where((ids == before[..., None])[..., None], y, 0)
+  kernel = (c[..., None] * (b[..., None] * table).astype(c.dtype)).sum(1).real
+  y = y + _taps(blocks, kernel[:, :size], None if segment is None else ids)
+  y = y.reshape(rows, -1, channels)
+  return y, _final(x, b, table, states, segment, count, size)
+
+
+def _taps(x, kernel, ids):
+  """Σⱼ kernelⱼ xₜ₋ⱼ within a chunk `[B, K, S, D]`, and within a segment."""
+  size = x.shape[2]
+  if ids is None:
+    lag = np.arange(size)[:, None] - np.arange(size)[None]
+    matrix = jnp.where(lag >= 0, kernel[:, np.maximum(lag, 0)], 0)
+    return _einsum("bksd,dts->bktd", x, matrix)
+  # A matrix of its own for each chunk would be D times as large as its ids.
+  zeros = ((0, 0), (0, 0), (size, 0))
+  before, ids_before = jnp.pad(x, (*zeros, (0, 0))), jnp.pad(ids, zeros)
+
+  @jax.checkpoint
+  def add(y, tap):
+    lag, weight = tap
+    slide = lambda x: lax.dynamic_slice_in_dim(x, size - lag, size, 2)
+    inside = jnp.arange(size, dtype=jnp.int32) >= lag
+    same = (slide(ids_before) == ids) & inside[None, None]
+    met = jnp.where(same[..., None], slide(before), 0)
+    return y + weight[None, None, None] * met, None
+
+  lags = jnp.arange(size, dtype=jnp.int32)
+  return lax.scan(add, jnp.zeros_like(x), (lags, kernel.T))[0]
+
+
+def _final(x, b, table, states, segment, count, size):
+  """The state after the last token: the last chunk's, up to there."""
+  rows, length, _ = x.shape
+  if count is None:
+    count = jnp.full(rows, length, jnp.int32)
+  chunk = jnp.maximum(count - 1, 0) // size
+  inside = count - chunk * size
+  # The tokens of that chunk, the last first.
+  place = count[:, None] - 1 - jnp.arange(size, dtype=jnp.int32)[None]
+  row = jnp.arange(rows, dtype=jnp.int32)
+  at = (row[:, None], jnp.maximum(place, 0))
+  keep = place >= (chunk * size)[:, None]
+  state = states[row, chunk]
+  if segment is not None:
+    own = segment[row, jnp.maximum(count - 1, 0)]
+    keep &= segment[at] == own[:, None]
+    first = chunk * size - 1
+    before = jnp.where(first < 0, 0, segment[row, jnp.maximum(first, 0)])
+    state = jnp.where((before == own)[:, None, None], state, 0)
+  last = jnp.where(keep[..., None], x[at], 0)
+  decay = jnp.moveaxis(table, -1, 0)[inside]
+  weights = b[..., None] * table[..., :size]
+  return decay * state + _einsum("bsd,dns->bdn", last, weights)
+
+
+def _einsum(spec, x, y):
+  """In real numbers: from a real x, or to a real result."""
+  run = functools.partial(jnp.einsum, spec, precision=lax.Precision.HIGHEST)
+  if not jnp.iscomplexobj(x):
+    if jnp.iscomplexobj(y):
+      if spec.endswith("bktd"):
+        return run(x, y.real)
+      return lax.complex(run(x, y.real), run(x, y.imag))
+    return run(x, y)
+  return run(x.real, y.real) - run(x.imag, y.imag)
+
+
+def _without_padding(x, valid):
+  return x if valid is None else jnp.where(valid[..., None], x, 0)
+
+
+@functools.partial(jax.vmap, in_axes=(0, 0))
+def _permute(x, order):
+  """x[order], told that it is a permutation: its transpose is no sum."""
+  return x.at[order].get(
+    unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False
+  )
+
+
+def _initial(x, a, b, c, D, state):
+  dtype = np.result_type(state_dtype(a, b, state), real_dtype(x, c, D))
+  if state is not None:
+    return state.astype(dtype)
+  return jnp.zeros((x.shape[0], *a.shape), dtype)
+
+
+def _wide(dtype, a, b, c, D):
+  """a, b in the state's dtype, c in its precision, D real and never None."""
+  real = jnp.finfo(dtype).dtype
+  c_dtype = np.result_type(dtype, np.complex64 if jnp.iscomplexobj(c) else real)
+  skip = jnp.zeros(a.shape[0], real) if D is None else D.astype(real)
+  return a.astype(dtype), b.astype(dtype), c.astype(c_dtype), skip
+
+
+def _check(function, x, a, b, c, D, state, segment_ids, *, time=True):
+  state_name = "initial_state" if time else "state"
+  arrays = dict(x=x, a=a, b=b, c=c, D=D)
+  check_inexact(function, **arrays, **{state_name: state})
+  for name in "xD":
+    if arrays[name] is not None and jnp.iscomplexobj(arrays[name]):
+      raise ValueError(
+        f"{function}: {name} is complex, expected a real array. Run real and"
+        " imaginary part apart."
+      )
+  axes = "B T" if time else "B"
+  sizes = check_shapes(
+    function,
+    {
+      "x": (x, f"{axes} D"),
+      "a": (a, "D N"),
+      "b": (b, "D N"),
+      "c": (c, "D N"),
+      "D": (D, "D"),
+      state_name: (state, "B D N"),
+      "segment_ids": (segment_ids, axes),
+    },
+  )
+  if time and sizes["T"] < 1:
+    raise ValueError(f"{function}: x has no time steps, expected T >= 1.")
+  check_segment_ids(function, segment_ids)
