@@ -11,6 +11,11 @@ from ssmjax.ops.delta import (
   delta_rule_reference,
   delta_rule_step,
 )
+from ssmjax.ops.gla import (
+  gated_linear_attention,
+  gated_linear_attention_reference,
+  gated_linear_attention_step,
+)
 from ssmjax.ops.lti import bilinear, bilinear_dplr, zero_order_hold
 from ssmjax.ops.lti_hippo import hippo_legs, hippo_legs_dplr, hippo_legt
 from ssmjax.ops.lti_kernels import dss_kernel, s4_dplr_kernel, s4d_kernel
@@ -21,6 +26,7 @@ from ssmjax.ops.selective import (
   selective_scan_reference,
   selective_step,
 )
+from ssmjax.ops.ssd import ssd, ssd_reference, ssd_step
 
 __all__ = [
   "bilinear",
@@ -32,6 +38,9 @@ __all__ = [
   "delta_rule_reference",
   "delta_rule_step",
   "dss_kernel",
+  "gated_linear_attention",
+  "gated_linear_attention_reference",
+  "gated_linear_attention_step",
   "hippo_legs",
   "hippo_legs_dplr",
   "hippo_legt",
@@ -47,5 +56,8 @@ __all__ = [
   "selective_scan",
   "selective_scan_reference",
   "selective_step",
+  "ssd",
+  "ssd_reference",
+  "ssd_step",
   "zero_order_hold",
 ]
