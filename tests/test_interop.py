@@ -63,6 +63,8 @@ def test_both_formats_give_the_configuration_of_their_fields(tmp_path):
       tmp_path / fields.get("model_type", "n"), fields, tensors
     )
     assert abstract_pretrained(folder).config == expected
+    (folder / "config.json").rename(folder / "params.json")
+    assert abstract_pretrained(folder).config == expected
 
 
 def test_shards_give_what_one_file_gives(tmp_path):
@@ -164,6 +166,17 @@ def test_output_matrix_has_to_be_the_embedding(tmp_path):
   folder = checkpoint(tmp_path, HF, tensors)
   with pytest.raises(NotImplementedError, match=f"{HEAD} is not {EMBEDDING}"):
     load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [HF | {"tie_word_embeddings": False}, NATIVE | {"tie_embeddings": False}],
+)
+def test_output_matrix_of_its_own_has_to_be_there(tmp_path, fields):
+  tensors = weights() if "model_type" in fields else native()
+  tensors.pop(HEAD, None)
+  with pytest.raises(ValueError, match=f"missing: {HEAD}$"):
+    abstract_pretrained(checkpoint(tmp_path, fields, tensors))
 
 
 def test_convolution_without_bias_has_a_bias_of_zero(tmp_path):

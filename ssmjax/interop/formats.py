@@ -71,7 +71,8 @@ class Format:
       what the format cannot hold.
     tensors: of the model outside its layers.
     layer_tensors: of each layer, in which `{}` is its number.
-    head: names of the output matrix, which repeats the embedding.
+    head: name of the output matrix, which repeats the embedding.
+    tied: from the fields, whether that matrix may be left out.
     absent: from the fields, parameters of layers that have no tensor.
   """
 
@@ -84,6 +85,7 @@ class Format:
   tensors: tuple[Tensor, ...] = ()
   layer_tensors: tuple[Tensor, ...] = ()
   head: str = "lm_head.weight"
+  tied: Callable[[dict[str, Any]], bool] = lambda fields: True
   absent: Callable[[dict[str, Any]], set[str]] = lambda fields: set()
 
 

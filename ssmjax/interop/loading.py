@@ -83,10 +83,10 @@ def load_pretrained(
     tensors = read_tensors(file)
     for name in names:
       if name in plan.places:
-        _place(found, tensors[name], plan, plan.places[name], automatic)
+        _put(found, tensors[name], plan, plan.places[name], automatic)
     del tensors  # Before the next file is opened.
   for place in plan.absent:
-    _place(found, None, plan, place, automatic)
+    _put(found, None, plan, place, automatic)
   return jax.tree.map_with_path(
     lambda path, _: _resharded(
       found[parameter_name(path)], shardings[parameter_name(path)]
@@ -135,7 +135,7 @@ class _Plan(NamedTuple):
     files: what each holds.
     places: of tensors, by their names.
     absent: places of the tensors that the configuration rules out.
-    head: names of the output matrix, where it is there, and the embedding.
+    head: names of the output matrix, if there is one, and of the embedding.
   """
 
   model: LanguageModel
@@ -151,9 +151,10 @@ def _plan(path, dtype) -> _Plan:
   fields = read_config(folder)
   format = _format(folder, fields)
   dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-  if not jnp.issubdtype(dtype, jnp.floating):
+  if dtype.name not in ("float32", "bfloat16", "float16"):
     raise ValueError(
-      f"load_pretrained: dtype is {dtype.name}, expected a floating type."
+      f"load_pretrained: dtype is {dtype.name}, expected float32, bfloat16 or"
+      " float16."
     )
   config = format.read_config(fields, getattr(jnp, dtype.name))
   model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
@@ -178,16 +179,18 @@ def _plan(path, dtype) -> _Plan:
   )
   shapes = parameters(model)
   files = list_tensors(folder)
-  by_name, head = _match(folder, format, places, shapes, files)
+  required = () if format.tied(fields) else (format.head,)
+  by_name, head = _match(folder, format, places, shapes, files, required)
   names = {file: list(found) for file, found in files.items()}
   return _Plan(model, shapes, names, by_name, absent, head)
 
 
-def _match(folder, format, places, shapes, files):
+def _match(folder, format, places, shapes, files, required):
   """Places by the names that are there, or one error with all that is wrong."""
   there = {name: x for found in files.values() for name, x in found.items()}
   by_name = {}
-  missing, misshapen = [], []
+  missing = [f"missing: {name}" for name in required if name not in there]
+  misshapen = []
   for place in places:
     name = next((n for n in place.entry.names if n in there), None)
     if name is None:
@@ -255,7 +258,7 @@ def _check_head(plan):
     )
 
 
-def _place(found, tensor, plan, place, shardings):
+def _put(found, tensor, plan, place, shardings):
   """Put one tensor where it belongs, straight from the file."""
   shape = plan.shapes[place.parameter]
   sharding = shardings[place.parameter]

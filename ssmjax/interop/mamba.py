@@ -163,14 +163,14 @@ def _no_falcon(fields, dtype) -> ModelConfig:
 
 def _check_savable(config: ModelConfig) -> None:
   """Raise NotImplementedError for what Mamba's formats have no words for."""
-  lacking = []
+  reasons = []
   for mixer in dict.fromkeys(config.mixers):
     if not isinstance(mixer, MambaConfig):
-      lacking.append(f"a mixer of {type(mixer).__name__}")
+      reasons.append(f"a mixer of {type(mixer).__name__}")
     elif mixer.polarization and (
       mixer.polarization.ones or mixer.polarization.zeros
     ):
-      lacking.append(
+      reasons.append(
         f"channels whose decay is not learned: {mixer.polarization}"
       )
   sizes = {
@@ -179,17 +179,17 @@ def _check_savable(config: ModelConfig) -> None:
     if isinstance(mixer, MambaConfig)
   }
   if len(sizes) > 1:
-    lacking.append("layers of different sizes")
+    reasons.append("layers of different sizes")
   if config.mlp_ratio:
-    lacking.append(f"an MLP in each block (mlp_ratio={config.mlp_ratio})")
+    reasons.append(f"an MLP in each block (mlp_ratio={config.mlp_ratio})")
   if config.max_positions is not None:
-    lacking.append(f"learned positions (max_positions={config.max_positions})")
+    reasons.append(f"learned positions (max_positions={config.max_positions})")
   if config.final_norm != "rms":
-    lacking.append(f"final_norm={config.final_norm!r}")
-  if lacking:
+    reasons.append(f"final_norm={config.final_norm!r}")
+  if reasons:
     raise NotImplementedError(
       "save_pretrained: the published formats of Mamba cannot hold "
-      + "; ".join(lacking)
+      + "; ".join(reasons)
       + ". Keep such a model as a checkpoint of ssmjax.training."
     )
 
@@ -272,6 +272,7 @@ FORMATS = (
     mixer=MambaConfig,
     write_config=_native_fields,
     absent=_no_bias("conv_bias", lambda fields: fields.get("ssm_cfg") or {}),
+    tied=lambda fields: fields.get("tie_embeddings", True),
     **_table((_EMBEDDING,)),
   ),
   Format(
@@ -282,6 +283,7 @@ FORMATS = (
     mixer=MambaConfig,
     write_config=_hf_fields,
     absent=_no_bias("use_conv_bias", lambda fields: fields),
+    tied=lambda fields: fields.get("tie_word_embeddings", True),
     # transformers itself reads both.
     **_table(("backbone.embeddings.weight", _EMBEDDING)),
   ),

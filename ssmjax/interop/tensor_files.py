@@ -219,7 +219,12 @@ def _read_pytorch(path) -> dict[str, np.ndarray]:
     except RuntimeError:
       # Files from before PyTorch 1.6 are no zip archives, to be mapped.
       tensors = torch.load(path, **options)
-  except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+  except (
+    OSError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+  ) as error:
     raise ValueError(
       f"load_pretrained: PyTorch's weights-only reader does not open"
       f" {path.name}: it is not whole, or holds more than tensors, which"
