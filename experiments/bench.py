@@ -17,7 +17,8 @@ Expected: one table for each shape, milliseconds as median (fastest to
 slowest) of runs that take turns, so that a busy machine slows all of them,
 and the ratio of each median to that of `associative`.
 
-`python -m experiments.bench kernels` is in `experiments.bench_kernels`.
+`python -m experiments.bench kernels` is in `experiments.bench_kernels`, `delta`
+in `experiments.bench_delta`.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import ssmjax.ops
+from experiments.bench_delta import Delta, bench_delta
 from experiments.bench_kernels import Kernels, bench_kernels
 from experiments.bench_step import bench_step
 from experiments.results import provenance, use_cores, write_json
@@ -67,8 +69,17 @@ def main() -> None:
   """Run the subcommand of the command line."""
   use_cores()
   tyro.extras.subcommand_cli_from_dict(
-    {"kernels": _kernels_command, "scan": _scan_command}
+    {
+      "delta": _delta_command,
+      "kernels": _kernels_command,
+      "scan": _scan_command,
+    }
   )
+
+
+def _delta_command(config: tyro.conf.OmitArgPrefixes[Delta]) -> None:
+  """Time the delta rule in chunks and over its tokens."""
+  bench_delta(config)
 
 
 def _kernels_command(config: tyro.conf.OmitArgPrefixes[Kernels]) -> None:
