@@ -135,6 +135,7 @@ def test_equal_keys_at_the_edge_of_stability_are_solved():
   assert_close(actual, truth(args), "float32")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict", "x64")
 def test_float64_is_kept():
   args = make((1, 13, 2, 3, 2), ids=True)
@@ -151,14 +152,13 @@ def test_bfloat16_has_a_float32_state_and_rounds_once():
     for k, x in args.items()
   }
   expected = truth(wide)
-  for form in FORMS:
-    (y, state), gradients = pulled(form)(args)
-    assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
-    assert gradients["log_a"].dtype == jnp.bfloat16
-    assert_close(y, expected[0][0], "bfloat16", form)
-    # Wave cotangents are rounded too, so the state alone is at full width.
-    assert_close(state, expected[0][1], "float32", form)
-    assert_close(gradients, expected[1], "bfloat16", form)
+  (y, state), gradients = pulled("chunked")(args)
+  assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+  assert gradients["log_a"].dtype == jnp.bfloat16
+  assert_close(y, expected[0][0], "bfloat16")
+  # Wave cotangents are rounded too, so the state alone is at full width.
+  assert_close(state, expected[0][1], "float32")
+  assert_close(gradients, expected[1], "bfloat16")
 
 
 @pytest.mark.usefixtures("strict")
@@ -215,11 +215,10 @@ def test_decay_one_is_no_decay_and_decay_zero_no_memory():
   run = quick(delta_rule)
   assert_close(run(**args | dict(log_a=zeros)), run(**args))
   for log_a in (-jnp.inf, -1e4):
-    for form in FORMS:
-      (y, _), gradients = pulled(form)(args | dict(log_a=zeros + log_a))
-      strength = args["beta"] * (args["q"] * args["k"]).sum(-1)
-      assert_close(y, strength[..., None] * args["v"])
-      assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+    (y, _), gradients = pulled("chunked")(args | dict(log_a=zeros + log_a))
+    strength = args["beta"] * (args["q"] * args["k"]).sum(-1)
+    assert_close(y, strength[..., None] * args["v"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
 @pytest.mark.usefixtures("strict")
@@ -299,6 +298,7 @@ def test_a_document_that_is_not_finite_stays_alone(form, sick):
     np.testing.assert_array_equal(gradients[name], expected[name])
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 def test_a_state_that_overflows_reaches_no_later_document():
   args = cast(make((1, 300, 1, 4, 3), decay=None), "float32")
@@ -341,7 +341,10 @@ def test_jit_vmap_remat_and_scan_over_layers_agree():
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  "kind",
+  [pytest.param(AxisType.Auto, marks=pytest.mark.nightly), AxisType.Explicit],
+)
 def test_sharded_gradients_equal_those_of_one_device(kind):
   mesh = jax.make_mesh((4, 2), ("data", "head"), axis_types=(kind,) * 2)
   args = cast(make((4, 9, 2, 3, 2), ids=True), "float32")
@@ -397,18 +400,15 @@ def test_a_second_call_compiles_nothing():
 
 
 def test_no_state_of_a_token_is_in_memory():
-  args = cast(make((1, 4096, 2, 32, 32)), "float32")
+  args = cast(make((1, 2048, 1, 32, 32)), "float32")
 
   def run(args):
     return jax.grad(lambda args: (delta_rule(**args)[0] ** 2).sum())(args)
 
   floats = {k: v for k, v in args.items() if k != "segment_ids"}
-  temporary = lambda f: (
-    jax.jit(f).lower(floats).compile().memory_analysis().temp_size_in_bytes
-  )
+  memory = jax.jit(run).lower(floats).compile().memory_analysis()
   # 32 times v would be the states.
-  assert temporary(run) <= 8 * args["v"].nbytes
-  assert temporary(lambda args: delta_rule(**args)) <= 6 * args["v"].nbytes
+  assert memory.temp_size_in_bytes <= 8 * args["v"].nbytes
 
 
 @pytest.mark.parametrize(

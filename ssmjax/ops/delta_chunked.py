@@ -26,7 +26,7 @@ from jax import lax
 __all__ = ["delta_rule_chunked"]
 
 CHUNK = 64  # Tokens that one triangular system takes, a power of two.
-_PIECE = 8  # Chunks computed side by side.
+_PIECE = 4  # Chunks computed side by side.
 _BLOCK = 16  # Rows of the systems and sums that larger ones are made of.
 
 
