@@ -60,10 +60,10 @@ def zero_order_hold(
   """
   A, B, step = _arguments("zero_order_hold", A, B, dt, dense)
   if not dense:
-    z = _product(step, A)
-    return jnp.exp(z), _product(step, expm1_ratio(z), B)
+    z = product(step, A)
+    return jnp.exp(z), product(step, expm1_ratio(z), B)
   row = _wide(
-    _product(step[..., None], A), _product(step, B)[..., None]
+    product(step[..., None], A), product(step, B)[..., None]
   )  # fmt: skip
   row = jnp.concatenate(row, -1)
   whole = jnp.concatenate([row, jnp.zeros_like(row[..., :1, :])], -2)
@@ -107,12 +107,12 @@ def bilinear(
   """
   A, B, step = _arguments("bilinear", A, B, dt, dense)
   if not dense:
-    half = _product(0.5 * step, A)
-    return (1 + half) / (1 - half), _product(step, 1 / (1 - half), B)
-  half = _product(0.5 * step[..., None], A)
+    half = product(0.5 * step, A)
+    return (1 + half) / (1 - half), product(step, 1 / (1 - half), B)
+  half = product(0.5 * step[..., None], A)
   unit = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), half.shape)
   a = jnp.linalg.solve(unit - half, unit + half)
-  left, right = _wide(unit - half, _product(step, B)[..., None])
+  left, right = _wide(unit - half, product(step, B)[..., None])
   return a, jnp.linalg.solve(left, right)[..., 0]
 
 
@@ -198,7 +198,7 @@ def expm1_ratio(z: Inexact[Array, "*S"]) -> Inexact[Array, "*S"]:
   return jnp.where(small, series, (jnp.exp(far) - 1) / far)
 
 
-def _product(*factors):
+def product(*factors: Array) -> Array:
   """Their product in the dtype that holds them all."""
   product, *rest = _wide(*factors)
   for factor in rest:

@@ -1,8 +1,8 @@
 """Convolution kernels of the linear time-invariant layers: S4D, DSS and S4.
 
 y = K * x with K[l] = Re C Āˡ B̄ is the recurrence hₜ = Ā hₜ₋₁ + B̄ xₜ,
-yₜ = Re C hₜ, all at once. There is no factor 2 in it: a layer that keeps one of
-each conjugate pair doubles C, or for S4 says `conjugate_pairs`.
+yₜ = Re C hₜ (`lti_scan`), all at once. There is no factor 2 in it: a layer that
+keeps one of each conjugate pair doubles C, or for S4 says `conjugate_pairs`.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ssmjax.ops.lti import bilinear, expm1_ratio
+from ssmjax.ops.lti import bilinear, expm1_ratio, product
 from ssmjax.ops.lti_powers import integer_powers, powers
 from ssmjax.types import (
   Array,
@@ -184,11 +184,11 @@ def s4_dplr_kernel(
 def _s4d_kernel(A, B, C, dt, length, discretization):
   if discretization == "zoh":
     z = dt.astype(A.dtype) * A
-    weight = _product(dt, expm1_ratio(z), B, C)
+    weight = product(dt, expm1_ratio(z), B, C)
     power = functools.partial(powers, A, dt)
   else:
     a, b = bilinear(A, B, dt[:, 0])
-    weight = _product(b, C)
+    weight = product(b, C)
     power = functools.partial(integer_powers, a)
   return _vandermonde(power, weight, length)
 
@@ -202,7 +202,7 @@ def _dss_kernel(A, W, dt, length):
   z = dt.astype(A.dtype) * A
   last = powers(A, dt, length, 2)[..., 1]
   total = length * _mean(z * length, last)
-  weight = _product(W / A, expm1_ratio(z) / total)
+  weight = product(W / A, expm1_ratio(z) / total)
 
   def kernel(keep):
     kept = jnp.where(keep, weight, 0)
@@ -227,7 +227,7 @@ def _vandermonde(power, weight, length):
   """
   inner = 1 << (math.isqrt(length - 1).bit_length() if length > 1 else 0)
   outer = -(-length // inner)
-  coarse = _product(weight[..., None], power(inner, outer))
+  coarse = product(weight[..., None], power(inner, outer))
   coarse, fine = _stacked(coarse, power(1, inner))
   kernel = jnp.einsum(
     "dni,dnj->dij", coarse, fine, precision=lax.Precision.HIGHEST
@@ -286,11 +286,24 @@ def _dplr_kernel(A, P, B, C, Q, dt, length, conjugate_pairs):
 def _generating_function(A, rows, dt, below, above):
   """K̂ at points z given by 1 - z and 1 + z, both `[M]`: `[D, M]`."""
   w = 0.5 * dt * above[None]
-  inverse = 1 / (below[None, None] - w[:, None] * A[..., None])
+  inverse = _inverse(below[None, None] - w[:, None] * A[..., None])
   sums = jnp.einsum(
     "dkn,dnm->kdm", rows, inverse, precision=lax.Precision.HIGHEST
   )
   return dt * (sums[0] - w * sums[1] * sums[2] / (1 + w * sums[3]))
+
+
+@jax.custom_jvp
+def _inverse(z):
+  """1/z of numbers whose squares are in range: no careful division."""
+  scale = 1 / (z.real**2 + z.imag**2)
+  return lax.complex(z.real * scale, -z.imag * scale)
+
+
+@_inverse.defjvp
+def _inverse_jvp(primals, tangents):
+  inverse = _inverse(*primals)
+  return inverse, -inverse * inverse * tangents[0]
 
 
 def _fast_length(count):
@@ -302,15 +315,6 @@ def _fast_length(count):
       needed = -(-count // odd)
       best = min(best, odd << (needed - 1).bit_length())
   return best
-
-
-def _product(*factors):
-  """Their product in the dtype that holds them all."""
-  dtype = np.result_type(*(x.dtype for x in factors))
-  product, *rest = (x.astype(dtype) for x in factors)
-  for factor in rest:
-    product = product * factor
-  return product
 
 
 def _arguments(function, length, dt, **arrays):
