@@ -125,8 +125,8 @@ def _piece(state, xs):
     return _spoil(new, lost), (state, u)
 
   xs = (f["total"], f["k_up"], w, u, parts["stays"], spoiled[..., -1])
-  state, (states, u) = lax.scan(chunk, state, jax.tree.map(_chunks_first, xs))
-  states, u = _chunks_back(states), _chunks_back(u)
+  state, (states, u) = lax.scan(chunk, state, _chunks_first(xs))
+  states, u = jnp.moveaxis(states, 0, 2), jnp.moveaxis(u, 0, 2)
   clean, lost = _finite(states)
   y = _dot("tk,kp->tp", f["q_down"], clean) + _dot("ti,ip->tp", f["p"], u)
   y = _spoil(y, spoiled | (lost[..., None] & parts["sees"]))
@@ -164,9 +164,9 @@ def _piece_back(dstate, xs):
   begins_sick = spoiled[..., 0] & parts["sees"][..., 0]
   xs = (f["total"], f["k_up"], w, own, du, parts["stays"], begins_sick)
   dstate, (dstates, du) = lax.scan(
-    chunk, dstate, jax.tree.map(_chunks_first, xs), reverse=True
+    chunk, dstate, _chunks_first(xs), reverse=True
   )
-  dstates, du = _chunks_back(dstates), _chunks_back(du)
+  dstates, du = jnp.moveaxis(dstates, 0, 2), jnp.moveaxis(du, 0, 2)
   dstates, lost = _finite(dstates)
   dright = _solve(f["system"], inverses, du, transpose=True)
   (grads,) = pull(
@@ -318,9 +318,10 @@ def _parts(restart, shape):
   mask = (time[:, None] >= time[None])[None, None, None]
   if restart is None:
     full = lambda value: jnp.full((batch, 1, chunks, size), value)
+    yes = full(True)
     return dict(
-      mask=mask, start=full(np.int32(0)), end=full(time[-1]), sees=full(True),
-      leaves=full(True), stays=jnp.full((batch, 1, chunks), True),
+      mask=mask, start=full(np.int32(0)), end=full(time[-1]), sees=yes,
+      leaves=yes, stays=yes[..., 0],
     )  # fmt: skip
   restart = restart[:, None]
   time = jnp.broadcast_to(time[None, None, None], restart.shape)
@@ -387,12 +388,8 @@ def _like(mask, x):
   return lax.expand_dims(mask, range(mask.ndim, x.ndim))
 
 
-def _chunks_first(x):
-  return jnp.moveaxis(x, 2, 0)
-
-
-def _chunks_back(x):
-  return jnp.moveaxis(x, 0, 2)
+def _chunks_first(xs):
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), xs)
 
 
 def _dot(axes, x, y, precision=lax.Precision.HIGHEST):
