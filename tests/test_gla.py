@@ -107,15 +107,21 @@ def check(args, dtype="float32", form=None):
   ("sizes", "options"),
   [
     ((2, 1, 1, 1, 1), dict()),
-    ((2, 1), dict(decay="token", bonus=True)),
-    ((1, 2), dict(decay="token")),
-    ((2, 37, 3, 5, 4), dict(bonus=True)),
-    ((2, 37, 1, 7, 2), dict(decay="token", ids=True)),
+    pytest.param(
+      (2, 1), dict(decay="token", bonus=True), marks=pytest.mark.nightly
+    ),
+    pytest.param((1, 2), dict(decay="token"), marks=pytest.mark.nightly),
+    pytest.param((2, 37, 3, 5, 4), dict(bonus=True), marks=pytest.mark.nightly),
+    pytest.param(
+      (2, 37, 1, 7, 2), dict(decay="token", ids=True), marks=pytest.mark.nightly
+    ),
     ((2, 150), dict(ids=True)),
     ((2, 150), dict(decay="token", bonus=True, ids=True)),
     ((1, 64), dict(decay="key", bonus=True, ids=True)),
     ((1, 65, 3, 2, 9), dict(decay="head")),
-    ((1, 129), dict(decay=None, ids=True)),
+    pytest.param(
+      (1, 129), dict(decay=None, ids=True), marks=pytest.mark.nightly
+    ),
   ],
 )
 def test_value_and_gradients_equal_the_definition(sizes, options):
@@ -129,6 +135,7 @@ def test_bfloat16_has_a_float32_state():
   check(make(2, 70, decay="token", bonus=True), jnp.bfloat16)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict", "x64")
 def test_float64_is_kept():
   _, state = check(make(1, 70, bonus=True, ids=True), "float64")
@@ -137,7 +144,9 @@ def test_float64_is_kept():
 
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("by_key", [False, True])
-@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize(
+  "ids", [pytest.param(False, marks=pytest.mark.nightly), True]
+)
 def test_chunks_at_once_equal_chunks_in_turn(by_key, ids):
   rng = np.random.default_rng(0)
   draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
@@ -202,7 +211,9 @@ def test_decay_one_is_the_exact_sum_and_decay_zero_the_last_token(decay):
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize(
+  "bonus", [pytest.param(False, marks=pytest.mark.nightly), True]
+)
 def test_two_halves_are_the_whole_and_steps_are_the_scan(bonus):
   args = make(2, 75, bonus=bonus)
   # Ids are compared within one call, so no document ends at a cut.
@@ -246,7 +257,9 @@ def test_the_future_is_not_seen(decay):
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("decay", ["key and token", "token"])
+@pytest.mark.parametrize(
+  "decay", ["key and token", pytest.param("token", marks=pytest.mark.nightly)]
+)
 def test_documents_in_a_row_are_each_alone_whatever_padding_holds(decay):
   ids = np.array([[0, 2, 2, 0, 2, 7, 7, 0, 7, 0, 0, 0], [0] * 12])
   args = make(2, 12, decay=decay, bonus=True) | dict(segment_ids=ids)
@@ -276,7 +289,9 @@ def test_documents_in_a_row_are_each_alone_whatever_padding_holds(decay):
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("decay", ["key and token", "token"])
+@pytest.mark.parametrize(
+  "decay", ["key and token", pytest.param("token", marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize("name", ["q", "k", "v", "log_a", "initial_state"])
 def test_a_document_that_is_not_finite_stays_alone(name, decay):
   ids = np.repeat([1, 2, 2, 0, 2, 3, 3, 4], 25)[None]
@@ -300,7 +315,9 @@ def test_a_document_that_is_not_finite_stays_alone(name, decay):
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("large", ["forward", "backward"])
+@pytest.mark.parametrize(
+  "large", [pytest.param("forward", marks=pytest.mark.nightly), "backward"]
+)
 def test_a_document_that_overflows_stays_alone(large):
   ids = np.repeat([1, 2, 2, 2, 2, 3, 3, 3], 25)[None]
   args = cast(make(1, 200, decay="head") | dict(segment_ids=ids))
