@@ -287,10 +287,23 @@ def _generating_function(A, rows, dt, below, above):
   """K̂ at points z given by 1 - z and 1 + z, both `[M]`: `[D, M]`."""
   w = 0.5 * dt * above[None]
   inverse = _inverse(below[None, None] - w[:, None] * A[..., None])
-  sums = jnp.einsum(
-    "dkn,dnm->kdm", rows, inverse, precision=lax.Precision.HIGHEST
-  )
+  sums = _complex_product(rows, inverse)
+  sums = jnp.moveaxis(sums, 1, 0)
   return dt * (sums[0] - w * sums[1] * sums[2] / (1 + w * sums[3]))
+
+
+def _complex_product(x, y):
+  """x @ y for each channel, as one product of real matrices."""
+  left = jnp.concatenate(
+    [
+      jnp.concatenate([x.real, -x.imag], 2),
+      jnp.concatenate([x.imag, x.real], 2),
+    ],
+    1,
+  )
+  right = jnp.concatenate([y.real, y.imag], 1)
+  out = jnp.einsum("dkn,dnm->dkm", left, right, precision=lax.Precision.HIGHEST)
+  return lax.complex(*jnp.split(out, 2, 1))
 
 
 @jax.custom_jvp
