@@ -18,7 +18,8 @@ slowest) of runs that take turns, so that a busy machine slows all of them,
 and the ratio of each median to that of `associative`.
 
 `python -m experiments.bench kernels` is in `experiments.bench_kernels`, `delta`
-in `experiments.bench_delta`.
+in `experiments.bench_delta`, `linear-attention` in
+`experiments.bench_linear_attention`.
 """
 
 import dataclasses
@@ -37,6 +38,10 @@ from jax.sharding import PartitionSpec as P
 import ssmjax.ops
 from experiments.bench_delta import Delta, bench_delta
 from experiments.bench_kernels import Kernels, bench_kernels
+from experiments.bench_linear_attention import (
+  LinearAttention,
+  bench_linear_attention,
+)
 from experiments.bench_step import bench_step
 from experiments.results import provenance, use_cores, write_json
 from experiments.timing import in_turns, scan_inputs
@@ -72,6 +77,7 @@ def main() -> None:
     {
       "delta": _delta_command,
       "kernels": _kernels_command,
+      "linear-attention": _linear_attention_command,
       "scan": _scan_command,
     }
   )
@@ -80,6 +86,13 @@ def main() -> None:
 def _delta_command(config: tyro.conf.OmitArgPrefixes[Delta]) -> None:
   """Time the delta rule in chunks and over its tokens."""
   bench_delta(config)
+
+
+def _linear_attention_command(
+  config: tyro.conf.OmitArgPrefixes[LinearAttention],
+) -> None:
+  """Time gated linear attention in chunks and over its tokens."""
+  bench_linear_attention(config)
 
 
 def _kernels_command(config: tyro.conf.OmitArgPrefixes[Kernels]) -> None:
