@@ -12,6 +12,7 @@ if TYPE_CHECKING:
   from ssmjax import (
     data,
     diagnostics,
+    interop,
     models,
     ops,
     polarization,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
   "data",
   "diagnostics",
+  "interop",
   "models",
   "ops",
   "polarization",

@@ -23,7 +23,7 @@ TABLE = {
   "ssmjax.models": "ssmjax.types ssmjax.ops ssmjax.polarization flax",
   "ssmjax.theory": "ssmjax.types",
   "ssmjax.diagnostics": "ssmjax.types ssmjax.ops ssmjax.theory",
-  "ssmjax.interop": "ssmjax.types ssmjax.models safetensors",
+  "ssmjax.interop": "ssmjax.types ssmjax.models flax torch",
   "ssmjax.data": "ssmjax.types grain tokenizers",
   "ssmjax.training": "ssmjax.types optax orbax flax tqdm tensorboardX",
 }
@@ -42,7 +42,7 @@ EVERYONE = sys.stdlib_module_names | {"jax", "numpy"}
 
 # What a room imports only inside functions, where it is needed: it is heavy,
 # or not installed everywhere. The package itself loads nothing by itself.
-HEAVY = {"grain", "tokenizers", "tqdm", "tensorboardX"}
+HEAVY = {"grain", "tokenizers", "torch", "tqdm", "tensorboardX"}
 LAZY = dict.fromkeys(TABLE, HEAVY) | {"ssmjax": set(TABLE)}
 
 TOP_LEVEL = {
