@@ -25,7 +25,7 @@ from ssmjax.types import Array, Bool, Float
 
 __all__ = ["gla_chunked"]
 
-# Scores cost c·(K + V) a token, states 2·K·V / c: at K = V = 64 both are one.
+# Scores cost c·(K + V) products a token, states 2·K·V: the same at K = V = 64.
 _CHUNK = 64
 
 
