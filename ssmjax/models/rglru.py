@@ -293,9 +293,8 @@ class RGLRU(nnx.Module):
 
   def _split_input(self, x):
     x = x.astype(self.config.dtype)
-    y = dense(x, self.in_proj[...])
-    y = y + self.in_bias[...].astype(y.dtype)
-    u, z = jnp.split(y, 2, -1)
+    y = _add_bias(dense(x, self.in_proj[...]), self.in_bias[...])
+    u, z = jnp.split(y.astype(x.dtype), 2, -1)
     return u, z
 
   def _eq1(self, u, start):
@@ -331,11 +330,10 @@ def _starts(shape, started, segment_ids):
 def _block_dense(u, weight, bias):
   """Both gates before their σ, float32 `[2, ..., D]`."""
   blocks, block, _ = weight.shape
-  x = u.reshape(-1, blocks, block)
-  y = jnp.einsum(
-    "nhk,hkj->nhj", x, weight.astype(x.dtype),
-    preferred_element_type=jnp.float32,
-  )  # fmt: skip
+  # Float32, which a TPU by default multiplies as bfloat16 with a wide sum;
+  # XLA:CPU has no such sum for blocks that are bfloat16.
+  x = u.astype(jnp.float32).reshape(-1, blocks, block)
+  y = jnp.einsum("nhk,hkj->nhj", x, weight)
   y = (y + bias).reshape(-1, blocks, 2, block)
   return jnp.moveaxis(y, 2, 0).reshape(2, *u.shape)
 
@@ -350,8 +348,12 @@ def _input_scale(rate):
 
 def _project(h, z, out_proj, out_bias):
   y = h * jax.nn.gelu(z.astype(jnp.float32))
-  y = dense(y.astype(z.dtype), out_proj)
-  return y + out_bias.astype(y.dtype)
+  return _add_bias(dense(y.astype(z.dtype), out_proj), out_bias)
+
+
+def _add_bias(y, bias):
+  """In float32, so that the bias's gradient is summed there."""
+  return y.astype(jnp.float32) + bias
 
 
 def _readout(z, out_proj, out_bias, like, h, t):
