@@ -1,6 +1,7 @@
 """The RG-LRU is the published one: its numbers, slopes and initial decays."""
 
 import functools
+import json
 import pathlib
 
 import appendix_b
@@ -12,7 +13,17 @@ from checks import assert_close, quick
 from flax import nnx
 
 from ssmjax import theory
-from ssmjax.models import RGLRU, RGLRUConfig, rglru
+from ssmjax.models import (
+  RGLRU,
+  AttentionConfig,
+  MinGRUConfig,
+  MinLSTMConfig,
+  ModelConfig,
+  RGLRUConfig,
+  config_from_json,
+  config_to_json,
+  rglru,
+)
 from ssmjax.types import Polarization
 
 GOLDEN = pathlib.Path(__file__).with_name("golden") / "rglru.npz"
@@ -148,6 +159,23 @@ def test_rglru_has_a_finite_gradient_over_four_thousand_tokens():
 
   for leaf in jax.tree.leaves(gradients(jax.random.key(0), x)):
     assert jnp.isfinite(leaf).all()
+
+
+def test_hybrid_of_gated_layers_and_windows_goes_through_json():
+  config = ModelConfig(
+    vocab_size=257,
+    d_model=64,
+    n_layers=4,
+    mixers=(
+      RGLRUConfig(96, 2, decay_min=0.5, polarization=BOTH, dtype=jnp.bfloat16),
+      AttentionConfig(2, window=128),
+      MinGRUConfig(2, forget_bias=1.5, candidate="linear"),
+      MinLSTMConfig(d_conv=4, polarization=REPLACED),
+    ),
+  )
+  assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == (
+    config
+  )
 
 
 @pytest.mark.parametrize(
