@@ -89,6 +89,7 @@ class Subject:
       model = lm_runs.load_model(self.folder, self.step, seed=self.seed)
     else:
       model = models.LanguageModel(self.config, rngs=nnx.Rngs(self.seed))
+    model = _forget_initialisation(model)
     return jax.device_put(model, jax.local_devices()[0])
 
   def identity(self) -> dict[str, Any]:
@@ -322,6 +323,22 @@ def learned_states(mixer: Any, recurrence: Recurrence) -> Recurrence:
     b=cut(recurrence.b),
     initial_state=cut(recurrence.initial_state),
   )
+
+
+def _forget_initialisation(model: models.LanguageModel) -> models.LanguageModel:
+  """The model as if Mamba's own initialisation had drawn its parameters.
+
+  How they were drawn is part of a model's structure: what is compiled for one
+  initialisation would be compiled again for the other.
+  """
+  made = model.config
+  mixers = tuple(
+    dataclasses.replace(m, init="mamba") if hasattr(m, "init") else m
+    for m in made.mixers
+  )
+  other = dataclasses.replace(made, mixers=mixers, init="mamba")
+  build = lambda: models.LanguageModel(other, rngs=nnx.Rngs(0))
+  return nnx.merge(nnx.split(nnx.eval_shape(build))[0], nnx.split(model)[1])
 
 
 def _name(kind: str, init: str, layers: int, width: int) -> str:

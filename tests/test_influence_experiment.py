@@ -5,9 +5,11 @@ import json
 import math
 import re
 
+import chex
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import (
   influence,
@@ -18,6 +20,7 @@ from experiments import (
   subjects_choice,
 )
 from ssmjax import diagnostics, theory
+from ssmjax.models import LanguageModel
 from ssmjax.types import Polarization
 
 TEXT = lm_runs.TextSettings(max_bytes=100_000, validation=0.2)
@@ -303,3 +306,13 @@ def test_ratio_to_attention_is_fitted_as_an_exponential():
   (fit,) = influence_report.ratio_fits([mamba, other])
   assert fit["slope"] == pytest.approx(-0.3)
   assert fit["first"] == 7
+
+
+def test_what_is_compiled_for_one_initialisation_serves_the_other():
+  inits = ("mamba", "authors")
+  built = [subjects.fresh("both", 2, 16, init).build() for init in inits]
+  graphs = {nnx.split(model)[0] for model in built}
+  assert len(graphs) == 1
+  config = subjects.fresh("both", 2, 16, "authors").config
+  drawn = LanguageModel(config, rngs=nnx.Rngs(0))
+  chex.assert_trees_all_equal(nnx.split(built[1])[1], nnx.split(drawn)[1])
