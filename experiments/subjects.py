@@ -332,9 +332,10 @@ def _forget_initialisation(model: models.LanguageModel) -> models.LanguageModel:
   initialisation would be compiled again for the other.
   """
   made = model.config
+  drawn = lambda m: hasattr(m, "init")
+  mixers: tuple[Any, ...] = made.mixers
   mixers = tuple(
-    dataclasses.replace(m, init="mamba") if hasattr(m, "init") else m
-    for m in made.mixers
+    dataclasses.replace(m, init="mamba") if drawn(m) else m for m in mixers
   )
   other = dataclasses.replace(made, mixers=mixers, init="mamba")
   build = lambda: models.LanguageModel(other, rngs=nnx.Rngs(0))
