@@ -164,6 +164,14 @@ def test_pallas_in_float64_is_refused_when_traced(with_kernels, x64):
     jax.eval_shape(OPS["linear_scan"](implementation="pallas"), *args)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+@pytest.mark.parametrize("op", OPS)
+def test_float32_data_have_their_kernel_under_x64(op, platform, x64):
+  text = lowered(gradient(OPS[op]()), *arguments(), platform=platform)
+  for name in KERNELS.get((op, platform), ()):
+    assert name in text
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [

@@ -108,7 +108,8 @@ def _only_on(op, platform, function):
   def call(*args, **static):
     leaves, tree = jax.tree.flatten(args)
     run = lambda *leaves: function(*jax.tree.unflatten(tree, leaves), **static)
-    jaxpr, out = jax.make_jaxpr(run, return_shape=True)(*leaves)
+    with jax.enable_x64(False):  # Where Python's integers would be int64.
+      jaxpr, out = jax.make_jaxpr(run, return_shape=True)(*leaves)
     leaves = _kernel_p.bind(
       *leaves, jaxpr=jaxpr, run=run, op=op, platform=platform
     )
@@ -132,7 +133,8 @@ def _kernel_lowering(ctx, *args, jaxpr, run, op, platform, lowered_for=None):
       leaves = lambda *x: jax.tree.leaves(run(*x))
       function = lambda *x: divided_rows(leaves, mesh, x, rows)
     lower = mlir.lower_fun(function, multiple_results=True)
-    return lower(ctx.replace(module_context=context), *args)
+    with jax.enable_x64(False):
+      return lower(ctx.replace(module_context=context), *args)
   # In a branch of another platform, which nobody takes.
   zeros = lambda *_: [jnp.zeros(x.shape, x.dtype) for x in jaxpr.out_avals]
   return mlir.lower_fun(zeros, multiple_results=True)(ctx, *args)
