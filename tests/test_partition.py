@@ -147,6 +147,16 @@ def test_what_a_shard_map_leaves_open_is_left_to_the_compiler(op, strict):
   assert_close(jax.device_get(actual), expected(op))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scan_without_channels_is_divided_over_rows(kind, strict):
+  mesh, x = square(kind), jnp.linspace(0, 1, B * T).reshape(B, T)
+  expected = linear_scan(x, x)
+  with known(mesh):
+    on_mesh = jax.device_put(x, NamedSharding(mesh, jax.P("data")))
+    actual = jax.jit(linear_scan)(on_mesh, on_mesh)
+  assert_close(jax.device_get(actual), expected)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_arrays_that_have_left_a_mesh_are_not_divided_over_it(op, strict):
   # Their types still have it: jax.device_put keeps them.

@@ -133,8 +133,8 @@ def _division(mesh, arrays, words):
       for x, word in zip(arrays, words, strict=True)
       if letter in word
     ]
-    size = max(x.shape[axis] for x, axis in with_it)
-    typed = ()
+    size = max((x.shape[axis] for x, axis in with_it), default=1)
+    typed: tuple[str, ...] = ()
     for x, axis in sorted(with_it, key=lambda found: -found[0].size):
       typed = typed or _names(jax.typeof(x).sharding.spec, axis)
     typed = _dividing(mesh, [x for x in typed if x in explicit], size)
