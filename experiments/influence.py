@@ -21,9 +21,8 @@ through the text's second half, by random probes, averaged as logarithms.
 
 What is measured of a model is kept (<out>/subjects/) and not measured again;
 after a change of the code, remove it.
-Cost: preset default, meant for 10 minutes on 2 cores. On a busy machine a fresh
-model took 16 s of processor time, most of it compiling; there are 20, and 15
-steps of runs, whose training is that of three rows of `experiments.lm`.
+Cost: preset default, 7 min 39 s on 2 shared cores: 20 fresh models, 15 steps of
+runs, and their training (three rows of `experiments.lm`, 3 of the minutes).
 Expected: straight lines in the authors' initialisation, whose slope is log ½
 as A_max = exp(-ln 2); in Mamba's own curves that bend, for its channels forget
 at rates from 0.001 to 1.6 a token. In training the slope hardly changes but

@@ -19,9 +19,9 @@ decays.
 
 What is measured of a model is kept (<out>/subjects/) and not measured again;
 after a change of the code, remove it.
-Cost: preset default, meant for 10 minutes on 2 cores. On a busy machine a fresh
-model took 10 s of processor time; there are 15, and 15 steps of runs, whose
-training is that of three rows of `experiments.lm`.
+Cost: preset default, 3 minutes on 2 shared cores with other work on them: 15
+fresh models and 15 steps of runs, whose training (three rows of
+`experiments.lm`) takes 3 more where they are not there.
 Expected: E(h) a tenth of E(b) in Mamba's initialisation, about ln 2 of it in
 the authors', by far less than Theorem 4.2 has to offer: its factor
 1 - A_min^(T-1) is 1 to float32 for any A_min below 0.93 at 256 tokens, and its
