@@ -317,6 +317,7 @@ def test_a_state_that_overflows_reaches_no_later_document():
   )
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 def test_jit_vmap_remat_and_scan_over_layers_agree():
   rows = [cast(make((2, 5, 2, 3, 3), seed=s), "float32") for s in range(2)]
@@ -340,6 +341,7 @@ def test_jit_vmap_remat_and_scan_over_layers_agree():
   assert_close(gradient("chunked"), gradient("reference"))
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(
   "kind",
@@ -399,6 +401,7 @@ def test_a_second_call_compiles_nothing():
   assert _delta_rule._cache_size() == size
 
 
+@pytest.mark.nightly
 def test_no_state_of_a_token_is_in_memory():
   args = cast(make((1, 2048, 1, 32, 32)), "float32")
 

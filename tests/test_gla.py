@@ -142,6 +142,7 @@ def test_float64_is_kept():
   assert state.dtype == jnp.float64
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("by_key", [False, True])
 @pytest.mark.parametrize(
@@ -239,6 +240,7 @@ def test_two_halves_are_the_whole_and_steps_are_the_scan(bonus):
   assert_close((jnp.stack(steps, 1), h), (y, state))
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("decay", ["key and token", "token"])
 def test_the_future_is_not_seen(decay):
@@ -347,6 +349,7 @@ def test_a_document_that_overflows_stays_alone(large):
   assert not np.isfinite(np.asarray(actual["q"])[~others]).all()
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 def test_vmap_and_remat_in_a_scan_over_layers_equal_a_loop():
   rows = [cast(make(2, 20, ids=True, seed=s)) for s in range(2)]
@@ -371,6 +374,7 @@ def test_vmap_and_remat_in_a_scan_over_layers_equal_a_loop():
   assert_close(gradient(None), gradient("reference"))
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(
   "decay", ["key", pytest.param("token", marks=pytest.mark.nightly)]
@@ -402,6 +406,7 @@ def test_sharded_gradients_equal_those_of_one_device(decay):
       assert_close(jax.device_get(quick(run)(placed, ids)), expected)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(
   "decay", ["key and token", pytest.param("token", marks=pytest.mark.nightly)]
@@ -425,6 +430,7 @@ def test_second_derivatives_are_right(decay):
   assert_close(second(None), second("reference"))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
   "decay", ["key and token", pytest.param("token", marks=pytest.mark.nightly)]
 )

@@ -68,6 +68,7 @@ def test_dense_zero_order_hold_is_the_exponential_of_a_matrix_not_normal():
   assert_close(actual, (a, b), "float32")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("function", [zero_order_hold, bilinear])
 @pytest.mark.parametrize("kind", ["r", "c"])

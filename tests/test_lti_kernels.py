@@ -230,6 +230,7 @@ def damped():
   return A - 1, B, C, dt
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", kernels(1))
 def test_no_kernel_has_all_powers_of_all_modes_in_memory(name):
   channels, modes, length = 64, 64, 8192
@@ -244,6 +245,7 @@ def test_no_kernel_has_all_powers_of_all_modes_in_memory(name):
   assert used < channels * modes * points * 8 / 4, used
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", kernels(1))
 def test_kernels_map_and_divide(name):
@@ -267,6 +269,7 @@ def test_kernels_map_and_divide(name):
   assert_close(gradients, quick(whole)(*wider), "float32")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", ["s4d", "s4"])
 def test_second_derivatives_by_reverse_and_forward_mode_agree(name):
@@ -278,6 +281,7 @@ def test_second_derivatives_by_reverse_and_forward_mode_agree(name):
   assert_close(second, slope, "float32")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
   ("name", "kind"), [("s4d", AxisType.Auto), ("s4", AxisType.Explicit)]
 )

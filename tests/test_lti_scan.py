@@ -58,10 +58,17 @@ def pull(function, args, ids):
 @pytest.mark.parametrize(
   "case",
   [
-    dict(shape=(2, 1, 3, 4), kinds="crrr"),
+    pytest.param(
+      dict(shape=(2, 1, 3, 4), kinds="crrr"), marks=pytest.mark.nightly
+    ),
     dict(shape=(1, 64, 2, 3), kinds="rrrr", skip=False),
-    dict(shape=(2, 130, 3, 4), kinds="cccc"),
-    dict(shape=(3, 50, 2, 3), kinds="rrcr", ids=True),
+    pytest.param(
+      dict(shape=(2, 130, 3, 4), kinds="cccc"), marks=pytest.mark.nightly
+    ),
+    pytest.param(
+      dict(shape=(3, 50, 2, 3), kinds="rrcr", ids=True),
+      marks=pytest.mark.nightly,
+    ),
     dict(shape=(3, 150, 2, 3), kinds="crcc", ids=True),
   ],
 )
@@ -184,6 +191,7 @@ def test_chunked_never_keeps_a_state_for_each_token(ids):
   assert used < rows * length * channels * width * 8 / 2.5, used
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 def test_rows_on_a_mesh_and_maps_are_the_same_scan():
   args, ids = make((4, 70, 2, 3), ids=True)
@@ -219,6 +227,7 @@ def test_rows_on_a_mesh_and_maps_are_the_same_scan():
   assert_close(loss(run)(placed), whole, "float32")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 def test_a_second_derivative_is_right_or_names_the_way_out():
   args, _ = make((1, 70, 1, 2), skip=False)

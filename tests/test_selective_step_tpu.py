@@ -84,7 +84,10 @@ def definition(args, *, softplus=True, polarization=None, valid=None):
     ((2, 16, 5), None, dict(polarization=BOTH)),
   ],
 )
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  "dtype",
+  [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.nightly)],
+)
 def test_tpu_step_equals_the_definition(shape, tiling, options, dtype):
   options = dict(options)
   without, valid = options.pop("without", ()), options.pop("valid", None)

@@ -226,6 +226,7 @@ def test_documents_in_a_row_are_each_alone_whatever_padding_holds():
     assert_close(state[:1], final)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", ["x", "dt", "B", "C"])
 def test_a_document_that_is_not_finite_stays_alone(name):
@@ -244,6 +245,7 @@ def test_a_document_that_is_not_finite_stays_alone(name):
     assert_close(actual[others], np.asarray(expected[n])[others])
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(
   "groups",
@@ -282,6 +284,7 @@ def test_arrays_on_a_mesh_are_divided_by_rows_and_heads(groups):
   assert_close(jax.device_get(actual), expected)
 
 
+@pytest.mark.nightly
 def test_groups_are_not_repeated_in_memory():
   # B and C repeated to 16 heads would be 8 MB each, and 8 MB of gradient.
   args = cast(make(1, 1024, 16, 1, 4, 128, without=PLAIN))
