@@ -24,14 +24,13 @@ import dataclasses
 import pathlib
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 
 from experiments import depth_report, subjects
 from experiments.influence_measure import measure_influence
 from experiments.results import use_cores
 from experiments.smoothing_measure import measure_smoothing
-from experiments.subjects_choice import changed, chosen
+from experiments.subjects_choice import run
 
 __all__ = ["Arguments", "Preset", "main"]
 
@@ -111,33 +110,19 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
   """Measure what is missing, then report; the exit status."""
-  made: Preset = changed("depth", PRESETS[arguments.preset], arguments)
-  out = arguments.out or pathlib.Path("runs/depth") / arguments.preset
-  if not arguments.report_only:
-    setting = {
-      "length": made.length,
-      "rows": made.rows,
-      "times": made.times,
-      "probes": made.probes,
-    }
+  fields = ("length", "rows", "times", "probes")
+  return run("depth", PRESETS, arguments, fields, _measure, depth_report)
 
-    def measure(subject: subjects.Subject, tokens: jax.Array) -> dict[str, Any]:
-      model = subject.build()
-      influence = measure_influence(
-        model, tokens, times=made.times, probes=made.probes, two_sided=False
-      )
-      return {
-        "influence": influence,
-        "smoothing": measure_smoothing(model, tokens, pairs=False),
-      }
 
-    try:
-      results = subjects.collect(chosen(made, arguments), measure, setting, out)
-    except (ValueError, OSError, ImportError) as error:
-      raise SystemExit(f"depth: {error}") from error
-    depth_report.write_results(out, setting, results)
-  depth_report.report(out)
-  return 0
+def _measure(made: Preset, subject, tokens) -> dict[str, Any]:
+  model = subject.build()
+  influence = measure_influence(
+    model, tokens, times=made.times, probes=made.probes, two_sided=False
+  )
+  return {
+    "influence": influence,
+    "smoothing": measure_smoothing(model, tokens, pairs=False),
+  }
 
 
 if __name__ == "__main__":

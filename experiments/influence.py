@@ -42,7 +42,7 @@ import tyro
 from experiments import influence_report, subjects
 from experiments.influence_measure import measure_influence
 from experiments.results import use_cores
-from experiments.subjects_choice import changed, chosen
+from experiments.subjects_choice import run
 from ssmjax import training
 
 __all__ = ["Arguments", "Preset", "main"]
@@ -128,24 +128,10 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
   """Measure what is missing, then report; the exit status."""
-  made: Preset = changed("influence", PRESETS[arguments.preset], arguments)
-  out = arguments.out or pathlib.Path("runs/influence") / arguments.preset
-  if not arguments.report_only:
-    setting = {
-      "length": made.length,
-      "rows": made.rows,
-      "times": made.times,
-      "probes": made.probes,
-    }
-    try:
-      results = subjects.collect(
-        chosen(made, arguments), functools.partial(_measure, made), setting, out
-      )
-    except (ValueError, OSError, ImportError) as error:
-      raise SystemExit(f"influence: {error}") from error
-    influence_report.write_results(out, setting, results)
-  influence_report.report(out)
-  return 0
+  fields = ("length", "rows", "times", "probes")
+  return run(
+    "influence", PRESETS, arguments, fields, _measure, influence_report
+  )
 
 
 def _measure(made: Preset, subject, tokens) -> dict[str, Any]:

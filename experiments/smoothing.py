@@ -36,13 +36,12 @@ import dataclasses
 import pathlib
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 
 from experiments import smoothing_report, subjects
 from experiments.results import use_cores
 from experiments.smoothing_measure import measure_smoothing
-from experiments.subjects_choice import changed, chosen
+from experiments.subjects_choice import run
 from ssmjax import training
 
 __all__ = ["Arguments", "Preset", "main"]
@@ -118,22 +117,14 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
   """Measure what is missing, then report; the exit status."""
-  made: Preset = changed("smoothing", PRESETS[arguments.preset], arguments)
-  out = arguments.out or pathlib.Path("runs/smoothing") / arguments.preset
-  if not arguments.report_only:
-    setting = {"length": made.length, "rows": made.rows}
-    try:
-      results = subjects.collect(
-        chosen(made, arguments), _measure, setting, out
-      )
-    except (ValueError, OSError, ImportError) as error:
-      raise SystemExit(f"smoothing: {error}") from error
-    smoothing_report.write_results(out, setting, results)
-  smoothing_report.report(out)
-  return 0
+  fields = ("length", "rows")
+  return run(
+    "smoothing", PRESETS, arguments, fields, _measure, smoothing_report
+  )
 
 
-def _measure(subject: subjects.Subject, tokens: jax.Array) -> dict[str, Any]:
+def _measure(made: Preset, subject, tokens) -> dict[str, Any]:
+  del made
   return measure_smoothing(subject.build(), tokens)
 
 

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 type Init = Literal["mamba", "authors"]
+type Stage = Literal["init", "during", "after"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Subject:
   seed: int = 0
   folder: pathlib.Path | None = None
   step: int = 0
-  stage: Literal["init", "during", "after"] = "init"
+  stage: Stage = "init"
 
   @property
   def title(self) -> str:
@@ -180,7 +181,9 @@ def checkpoints(folders: Sequence[pathlib.Path]) -> tuple[Subject, ...]:
     steps = lm_runs.saved_steps(folder)
     kind, init = _kind(config)
     for step in steps:
-      after = "after" if step == steps[-1] else "during"
+      stage: Stage = "during"
+      if step in (0, steps[-1]):
+        stage = "after" if step else "init"
       found += [
         Subject(
           name=_name(kind, init, config.n_layers, config.d_model),
@@ -191,7 +194,7 @@ def checkpoints(folders: Sequence[pathlib.Path]) -> tuple[Subject, ...]:
           seed=seed,
           folder=pathlib.Path(folder),
           step=step,
-          stage=after if step else "init",  # type: ignore[arg-type]
+          stage=stage,
         )
         for seed in seeds
       ]

@@ -1,14 +1,17 @@
-"""Which subjects a command line asks for; small ones are trained for it."""
+"""The subjects that a command line asks for, trained, measured, reported."""
 
 import dataclasses
+import functools
 import json
 import pathlib
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments import lm, lm_runs, lm_settings
-from experiments.subjects import Init, Subject, checkpoints, fresh
+from experiments.subjects import Init, Subject, checkpoints, collect, fresh
 
-__all__ = ["changed", "chosen", "train"]
+__all__ = ["changed", "chosen", "run", "train"]
 
 # Attention has no Δ, which is what the other initialisation changes most.
 _MAMBA: tuple[Init, ...] = ("mamba",)
@@ -122,3 +125,39 @@ def _size(command: str, text: str) -> tuple[int, int]:
       f"{command}: sizes has {text!r}, expected <layers>x<width>, as 8x64."
     )
   return int(layers), int(width)
+
+
+def run(
+  command: str,
+  presets: Mapping[str, Any],
+  arguments: Any,
+  fields: Sequence[str],
+  measure: Callable[..., Any],
+  report: types.ModuleType,
+) -> int:
+  """Run one of the figures' commands: measure what is missing, then report.
+
+  Args:
+    command: its name, for messages and its folder under runs.
+    presets: by name.
+    arguments: of the command line.
+    fields: of a preset, which its results depend on.
+    measure: `(preset, subject, tokens)` to what is known of a model.
+    report: the module that writes results and draws from them.
+
+  Returns:
+    The exit status.
+  """
+  made = changed(command, presets[arguments.preset], arguments)
+  out = arguments.out or pathlib.Path("runs", command, arguments.preset)
+  if not arguments.report_only:
+    setting = {name: getattr(made, name) for name in fields}
+    try:
+      results = collect(
+        chosen(made, arguments), functools.partial(measure, made), setting, out
+      )
+    except (ValueError, OSError, ImportError) as error:
+      raise SystemExit(f"{command}: {error}") from error
+    report.write_results(out, setting, results)
+  report.report(out)
+  return 0
