@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,9 @@ class AttentionConfig:
     init: as in `MambaConfig`.
     dtype: dtype of activations; parameters are float32.
   """
+
+  op: ClassVar[str | None] = None
+  polarizes: ClassVar[str | None] = None
 
   num_heads: int = 1
   positions: Literal["rope", "none"] = "rope"

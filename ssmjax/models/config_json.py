@@ -7,11 +7,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from ssmjax.models.attention import AttentionConfig
+from ssmjax.models.kinds import MIXERS
 from ssmjax.models.lm import ModelConfig
-from ssmjax.models.mamba import MambaConfig
-from ssmjax.models.min_rnn import MinGRUConfig, MinLSTMConfig
-from ssmjax.models.rglru import RGLRUConfig
 from ssmjax.types import Polarization
 
 __all__ = ["config_from_json", "config_to_json"]
@@ -77,31 +74,22 @@ def config_from_json(fields: dict[str, Any]) -> ModelConfig:
   return _read(ModelConfig, fields, "")
 
 
-_MIXERS = {
-  "mamba": MambaConfig,
-  "attention": AttentionConfig,
-  "rglru": RGLRUConfig,
-  "mingru": MinGRUConfig,
-  "minlstm": MinLSTMConfig,
-}
-
-
 def _kind(mixer) -> str:
-  for name, kind in _MIXERS.items():
+  for name, kind in MIXERS.items():
     if type(mixer) is kind:
       return name
   raise ValueError(
     f"config_to_json: a mixer is a {type(mixer).__name__}, expected one of"
-    f" {', '.join(kind.__name__ for kind in _MIXERS.values())}."
+    f" {', '.join(kind.__name__ for kind in MIXERS.values())}."
   )
 
 
 def _mixer(value, where):
   fields = dict(_object(value, where, None))
   name = fields.pop("mixer", None)
-  if not isinstance(name, str) or name not in _MIXERS:
-    raise _refusal(f"{where}.mixer", name, f"one of {', '.join(_MIXERS)}")
-  return _read(_MIXERS[name], fields, f"{where}.")
+  if not isinstance(name, str) or name not in MIXERS:
+    raise _refusal(f"{where}.mixer", name, f"one of {', '.join(MIXERS)}")
+  return _read(MIXERS[name], fields, f"{where}.")
 
 
 def _written(value):

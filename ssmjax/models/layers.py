@@ -1,24 +1,49 @@
-"""What every model is made of: norms and initial values."""
+"""What every model is made of: norms, projections, a convolution."""
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ssmjax.types import Array, Float
+from ssmjax import ops
+from ssmjax.types import (
+  Array,
+  Float,
+  Int,
+  Polarization,
+  check_segment_ids,
+  check_shapes,
+)
 
-__all__ = ["LayerNorm", "RMSNorm", "dense", "normal", "torch_uniform"]
+__all__ = [
+  "LayerNorm",
+  "RMSNorm",
+  "ShortConv",
+  "check_exact",
+  "check_mixer",
+  "check_sizes",
+  "clear_padding",
+  "dense",
+  "linear_weight",
+  "normal",
+  "output_weight",
+  "torch_uniform",
+]
 
 
 class RMSNorm(nnx.Module):
   """x / RMS(x) · scale over the last axis, computed in float32.
 
+  With a size of `(H, P)` it is a norm of each head's P channels, which have
+  scales of their own.
+
   Source: Zhang & Sennrich 2019 (arXiv 1910.07467).
   """
 
-  def __init__(self, size: int, *, epsilon: float = 1e-5):
-    self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
+  def __init__(self, size: int | tuple[int, ...], *, epsilon: float = 1e-5):
+    self.scale = nnx.Param(jnp.ones(size, jnp.float32))
     self.epsilon = epsilon
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -30,11 +55,14 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-  """(x - mean) / deviation · scale + bias over the last axis, in float32."""
+  """(x - mean) / deviation · scale + bias over the last axis, in float32.
 
-  def __init__(self, size: int, *, epsilon: float = 1e-5):
-    self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
-    self.bias = nnx.Param(jnp.zeros((size,), jnp.float32))
+  A size of `(H, P)` as in `RMSNorm`.
+  """
+
+  def __init__(self, size: int | tuple[int, ...], *, epsilon: float = 1e-5):
+    self.scale = nnx.Param(jnp.ones(size, jnp.float32))
+    self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
     self.epsilon = epsilon
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -44,6 +72,116 @@ class LayerNorm(nnx.Module):
     variance = jnp.mean(jnp.square(wide), -1, keepdims=True)
     y = wide * jax.lax.rsqrt(variance + self.epsilon)
     return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class ShortConv(nnx.Module):
+  """A causal convolution of each channel with W taps of its own."""
+
+  def __init__(self, channels: int, width: int, key, *, bias: bool = True):
+    keys = jax.random.split(key)
+    self.weight = nnx.Param(torch_uniform(keys[0], (width, channels), width))
+    self.bias = (
+      nnx.Param(torch_uniform(keys[1], (channels,), width)) if bias else None
+    )
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    state: Float[Array, "B V D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], Float[Array, "B V D"]]:
+    """Convolve; the state is the last W-1 tokens, float32."""
+    return ops.causal_conv(
+      x, self.weight[...], self._bias(), initial_state=state,
+      segment_ids=segment_ids,
+    )  # fmt: skip
+
+  def step(
+    self,
+    x: Float[Array, "B D"],
+    state: Float[Array, "B V D"],
+    segment_ids: Int[Array, " B"] | None = None,
+  ) -> tuple[Float[Array, "B D"], Float[Array, "B V D"]]:
+    """Convolve one token."""
+    return ops.causal_conv_step(
+      x, self.weight[...], self._bias(), state=state, segment_ids=segment_ids
+    )
+
+  def init_state(self, batch_size: int) -> Float[Array, "B V D"]:
+    """No tokens yet."""
+    width, channels = self.weight.shape
+    return jnp.zeros((batch_size, width - 1, channels), jnp.float32)
+
+  def _bias(self):
+    return None if self.bias is None else self.bias[...]
+
+
+def check_mixer(
+  name: str,
+  x: Float[Array, "..."],
+  segment_ids: Int[Array, "..."] | None,
+  d_model: int,
+  letters: Literal["B T", "B"] = "B T",
+) -> None:
+  """Raise ValueError unless a mixer's inputs fit it and each other."""
+  check_shapes(
+    name, {"x": (x, f"{letters} M={d_model}"),
+           "segment_ids": (segment_ids, letters)}
+  )  # fmt: skip
+  check_segment_ids(name, segment_ids)
+
+
+def check_sizes(config, least: dict[str, int]) -> None:
+  """Raise ValueError for a field of a configuration below its least value."""
+  for name, number in least.items():
+    size = getattr(config, name)
+    if size is not None and size < number:
+      raise ValueError(
+        f"{type(config).__name__}: {name} is {size}, expected {number} or more."
+      )
+
+
+def check_exact(function: str, polarization: Polarization | None) -> None:
+  """Raise ValueError for a compatibility mode, which only S6 has."""
+  if polarization and polarization.finite_zero is not None:
+    raise ValueError(
+      f"{function}: polarization.zero_decay is"
+      f" {polarization.zero_decay!r}, expected 'exact': the compatibility"
+      " modes are S6's."
+    )
+
+
+def clear_padding(
+  x: Float[Array, "*B M"], segment_ids: Int[Array, "*B"] | None
+) -> Float[Array, "*B M"]:
+  """Zeros at padding, before a weight's gradient can meet NaN · 0 there."""
+  if segment_ids is None:
+    return x
+  return jnp.where(segment_ids[..., None] > 0, x, jnp.zeros_like(x))
+
+
+def linear_weight(
+  key, n_in: int, n_out: int, init: Literal["mamba", "authors"]
+) -> Array:
+  """Draw a linear layer's weight `[n_in, n_out]`, see `MambaConfig.init`."""
+  if init == "mamba":
+    return torch_uniform(key, (n_in, n_out), n_in)
+  return normal(key, (n_in, n_out))
+
+
+def output_weight(
+  key,
+  n_in: int,
+  n_out: int,
+  init: Literal["mamba", "authors"],
+  n_layers: int,
+) -> Array:
+  """Draw the weight by which a mixer writes to the residual.
+
+  It is scaled by one residual branch a layer (authors: two, as in GPT-2).
+  """
+  branches = n_layers if init == "mamba" else 2 * n_layers
+  return linear_weight(key, n_in, n_out, init) / math.sqrt(branches)
 
 
 def dense(

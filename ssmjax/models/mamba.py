@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,9 @@ class MambaConfig:
     dtype: dtype of activations; parameters and states are float32.
     implementation: of the selective scan; None chooses.
   """
+
+  op: ClassVar[str | None] = "selective_scan"
+  polarizes: ClassVar[str | None] = "channels"
 
   d_state: int = 16
   d_conv: int = 4

@@ -48,6 +48,9 @@ class MinRNNState(NamedTuple):
 class _MinRNNConfig:
   """The fields of both configurations, described in `MinGRUConfig`."""
 
+  op: ClassVar[str | None] = "linear_scan"
+  polarizes: ClassVar[str | None] = "channels"
+
   expand: int = 1
   d_conv: int = 0
   candidate: Literal["positive", "linear"] = "positive"

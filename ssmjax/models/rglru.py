@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,9 @@ class RGLRUConfig:
     dtype: dtype of activations; parameters, gates and states are float32.
     implementation: of the linear scan; None chooses.
   """
+
+  op: ClassVar[str | None] = "linear_scan"
+  polarizes: ClassVar[str | None] = "channels"
 
   width: int | None = None
   num_blocks: int = 1
