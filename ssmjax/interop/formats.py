@@ -19,6 +19,7 @@ __all__ = [
   "Format",
   "Layout",
   "Tensor",
+  "beyond",
   "lacking",
   "refusal",
   "whole_number",
@@ -89,11 +90,32 @@ class Format:
   absent: Callable[[dict[str, Any]], set[str]] = lambda fields: set()
 
 
+# Fields of a model that formats know or that say nothing about its numbers.
+_EVERY = {
+  *("vocab_size", "d_model", "n_layers", "mixers", "norm_epsilon"),
+  *("init", "remat", "dtype"),
+}
+_NAMES = {
+  "mlp_ratio": "an MLP in each block, ",
+  "mlp_width": "an MLP in each block, ",
+  "max_positions": "learned positions, ",
+}
+
 SAME = Layout(lambda x: x, lambda x: x)
 # PyTorch's linear layers hold (out, in), ours (in, out).
 LINEAR = Layout(np.transpose, np.transpose)
 # [D, 1, W] there, [W, D] here.
 DEPTHWISE = Layout(lambda x: x[:, 0].T, lambda x: x.T[:, None])
+
+
+def beyond(config: ModelConfig, *fields: str) -> list[str]:
+  """List what a model has beside the fields that a format has words for."""
+  reasons = []
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.name not in {*_EVERY, *fields} and value != field.default:
+      reasons.append(f"{_NAMES.get(field.name, '')}{field.name}={value!r}")
+  return reasons
 
 
 def whole_number(

@@ -10,6 +10,7 @@ from ssmjax.interop.formats import (
   SAME,
   Format,
   Tensor,
+  beyond,
   lacking,
   refusal,
   whole_number,
@@ -180,12 +181,7 @@ def _check_savable(config: ModelConfig) -> None:
   }
   if len(sizes) > 1:
     reasons.append("layers of different sizes")
-  if config.mlp_ratio:
-    reasons.append(f"an MLP in each block (mlp_ratio={config.mlp_ratio})")
-  if config.max_positions is not None:
-    reasons.append(f"learned positions (max_positions={config.max_positions})")
-  if config.final_norm != "rms":
-    reasons.append(f"final_norm={config.final_norm!r}")
+  reasons += beyond(config)
   if reasons:
     raise NotImplementedError(
       "save_pretrained: the published formats of Mamba cannot hold "

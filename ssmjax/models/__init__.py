@@ -1,10 +1,12 @@
 """Flax nnx modules that hold parameters and call one op each."""
 
 from ssmjax.models.attention import Attention, AttentionConfig, AttentionState
+from ssmjax.models.blocks import Block
+from ssmjax.models.config import ModelConfig
 from ssmjax.models.config_json import config_from_json, config_to_json
 from ssmjax.models.generate import generate, prefill
 from ssmjax.models.layers import LayerNorm, RMSNorm
-from ssmjax.models.lm import Block, LanguageModel, ModelConfig, ModelState
+from ssmjax.models.lm import LanguageModel, ModelState
 from ssmjax.models.losses import gather_labels, labelled_loss
 from ssmjax.models.mamba import Mamba, MambaConfig, MambaState
 from ssmjax.models.min_rnn import (

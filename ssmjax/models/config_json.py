@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from ssmjax.models.config import ModelConfig
 from ssmjax.models.kinds import MIXERS
-from ssmjax.models.lm import ModelConfig
 from ssmjax.types import Polarization
 
 __all__ = ["config_from_json", "config_to_json"]

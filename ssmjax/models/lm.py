@@ -1,40 +1,31 @@
 """The language model around any mixer: embed, blocks, norm, logits."""
 
-import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax.models.attention import token_positions
-from ssmjax.models.layers import (
-  LayerNorm,
-  RMSNorm,
-  dense,
-  normal,
-  torch_uniform,
+from ssmjax.models.blocks import (
+  NORMS,
+  Block,
+  apply_blocks,
+  block_states,
+  stack_blocks,
+  step_blocks,
 )
-from ssmjax.models.mamba import MambaConfig
+from ssmjax.models.config import MixerConfig, ModelConfig
+from ssmjax.models.layers import LayerNorm, clear_padding, linear_weight, normal
 from ssmjax.types import (
   Array,
   Float,
   Int,
-  check_choice,
   check_segment_ids,
   check_shapes,
 )
 
-__all__ = ["Block", "LanguageModel", "ModelConfig", "ModelState"]
-
-
-class MixerConfig(Protocol):
-  """The configuration of a mixer, which builds it."""
-
-  def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> Any:
-    """Make the mixer for a model of this width and depth."""
+__all__ = ["Block", "LanguageModel", "MixerConfig", "ModelConfig", "ModelState"]
 
 
 class ModelState(NamedTuple):
@@ -50,117 +41,12 @@ class ModelState(NamedTuple):
   length: Int[Array, " B"]
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Sizes and choices of a `LanguageModel`.
-
-  Attributes:
-    vocab_size: V.
-    d_model: width.
-    n_layers: blocks, a multiple of the pattern's length.
-    mixers: the pattern of mixers, repeated; one entry for a uniform model.
-    mlp_ratio: hidden width of each block's MLP over d_model; 0 for no MLP.
-    max_positions: size of a table of learned positions added to the
-      embedding; None for none.
-    norm_epsilon: of every norm.
-    final_norm: `"rms"`, or `"layer"` (what the recall experiments of Wang et
-      al. 2025 have).
-    init: as in `MambaConfig`, for what is not inside a mixer.
-    remat: recompute each block in the backward pass; keeps one activation a
-      block in memory.
-    dtype: dtype of activations outside the mixers; the residual is float32.
-  """
-
-  vocab_size: int
-  d_model: int
-  n_layers: int
-  mixers: tuple[MixerConfig, ...] = (MambaConfig(),)
-  mlp_ratio: int = 0
-  max_positions: int | None = None
-  norm_epsilon: float = 1e-5
-  final_norm: Literal["rms", "layer"] = "rms"
-  init: Literal["mamba", "authors"] = "mamba"
-  remat: bool = True
-  dtype: Any = jnp.float32
-
-  def __post_init__(self):
-    check_choice("ModelConfig", "final_norm", self.final_norm, ("rms", "layer"))
-    check_choice("ModelConfig", "init", self.init, ("mamba", "authors"))
-    least = {"vocab_size": 1, "d_model": 1, "n_layers": 1, "mlp_ratio": 0}
-    if self.max_positions is not None:
-      least["max_positions"] = 1
-    for name, number in least.items():
-      if getattr(self, name) < number:
-        raise ValueError(
-          f"ModelConfig: {name} is {getattr(self, name)}, expected {number} or"
-          " more."
-        )
-    if not self.mixers or self.n_layers % len(self.mixers):
-      raise ValueError(
-        f"ModelConfig: n_layers is {self.n_layers}, expected a multiple of"
-        f" the pattern of {len(self.mixers)} mixers. Change n_layers, or"
-        " write the whole pattern out in mixers."
-      )
-
-
-class Block(nnx.Module):
-  """x + mixer(norm(x)), and x + mlp(norm(x)) where there is an MLP."""
-
-  def __init__(self, mixer: MixerConfig, config: ModelConfig, rngs: nnx.Rngs):
-    self.norm = RMSNorm(config.d_model, epsilon=config.norm_epsilon)
-    self.mixer = mixer.build(config.d_model, config.n_layers, rngs)
-    self.mlp = MLP(config, rngs) if config.mlp_ratio else None
-
-  def __call__(self, x, state=None, segment_ids=None, out=None):
-    """Apply to a sequence: x `[B, T, M]` float32 and the mixer's state.
-
-    A dictionary `out` is given `mixer_input`, `mixer_output`, `block_output`.
-    """
-    normed = self.norm(x)
-    y, state = self.mixer(normed, state, segment_ids)
-    x = self._rest(x + y.astype(x.dtype))
-    if out is not None:
-      out.update(mixer_input=normed, mixer_output=y, block_output=x)
-    return x, state
-
-  def step(self, x, state, segment_ids=None):
-    """Apply to one token, x `[B, M]`."""
-    y, state = self.mixer.step(self.norm(x), state, segment_ids)
-    return self._rest(x + y.astype(x.dtype)), state
-
-  def _rest(self, x):
-    return x if self.mlp is None else x + self.mlp(x).astype(x.dtype)
-
-
-class MLP(nnx.Module):
-  """W₂ gelu(W₁ norm(x))."""
-
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    keys = jax.random.split(rngs.params(), 2)
-    size, hidden = config.d_model, config.mlp_ratio * config.d_model
-    own = config.init == "mamba"
-    draw = lambda key, n_in, n_out: (
-      torch_uniform(key, (n_in, n_out), n_in)
-      if own
-      else normal(key, (n_in, n_out))
-    )
-    self.norm = RMSNorm(size, epsilon=config.norm_epsilon)
-    self.up_proj = nnx.Param(draw(keys[0], size, hidden))
-    down_proj = draw(keys[1], hidden, size) / (2 * config.n_layers) ** 0.5
-    self.down_proj = nnx.Param(down_proj)
-    self.dtype = config.dtype
-
-  def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
-    """Apply to each token alone."""
-    x = self.norm(x).astype(self.dtype)
-    x = jax.nn.gelu(dense(x, self.up_proj[...]))
-    return dense(x, self.down_proj[...])
-
-
 class LanguageModel(nnx.Module):
-  """A causal language model with tied embedding.
+  """A causal language model.
 
   x = E[tokens];  x = x + mixer(norm(x)) for each block;  logits = norm(x) Eᵀ
+
+  with W for E at the end where embeddings are not tied (`head`, `[V, M]`).
 
   Blocks of one position of the layer pattern are stacked on a leading axis
   and run by `jax.lax.scan`, so that compile time does not grow with depth.
@@ -185,15 +71,17 @@ class LanguageModel(nnx.Module):
       if config.max_positions is None
       else nnx.Param(normal(rngs.params(), shape))
     )
-    repeats = config.n_layers // len(config.mixers)
-
-    def stack(mixer):
-      keys = jax.random.split(rngs.params(), repeats)
-      return jax.vmap(lambda key: Block(mixer, config, nnx.Rngs(key)))(keys)
-
-    self.blocks = nnx.List([stack(mixer) for mixer in config.mixers])
-    norm = {"rms": RMSNorm, "layer": LayerNorm}[config.final_norm]
-    self.norm = norm(config.d_model, epsilon=config.norm_epsilon)
+    self.blocks = stack_blocks(config, rngs)
+    epsilon = config.norm_epsilon
+    self.norm = NORMS[config.final_norm](config.d_model, epsilon=epsilon)
+    self.embedding_norm = (
+      LayerNorm(config.d_model, epsilon=epsilon)
+      if config.embedding_norm
+      else None
+    )
+    self.head = (
+      None if config.tie_embeddings else nnx.Param(_head(rngs.params(), config))
+    )
 
   def __call__(
     self,
@@ -226,8 +114,7 @@ class LanguageModel(nnx.Module):
     _check("LanguageModel.step", tokens, segment_ids, "B")
     ids = None if segment_ids is None else segment_ids[:, None]
     x, length = self._embed(tokens[:, None], state.length, ids)
-    body = functools.partial(_layers, Block.step, segment_ids)
-    x, layers = jax.lax.scan(body, x[:, 0], (tuple(self.blocks), state.layers))
+    x, layers = step_blocks(self.blocks, x[:, 0], state.layers, segment_ids)
     return self.logits(self.norm(x)), ModelState(layers, length)
 
   def features(
@@ -245,8 +132,8 @@ class LanguageModel(nnx.Module):
       tokens: as in a call.
       state: as in a call.
       segment_ids: as in a call.
-      embeddings: what enters the first block, positions included, in place of
-        the tokens' own: to differentiate by it.
+      embeddings: what enters the first block, positions and norm included, in
+        place of the tokens' own: to differentiate by it.
       out: a dictionary to be given what passes through the layers: `embeddings`
         `[B, T, M]`, and `mixer_input` (after the norm), `mixer_output` and
         `block_output`, `[n_layers, B, T, M]`. Return it from the function that
@@ -255,9 +142,10 @@ class LanguageModel(nnx.Module):
     """
     _check("LanguageModel", tokens, segment_ids, "B T")
     if state is None:
-      start = jnp.zeros(tokens.shape[:1], jnp.int32)
-      state = ModelState((None,) * len(self.blocks), start)
-    x, length = self._embed(tokens, state.length, segment_ids)
+      layers, start = None, jnp.zeros(tokens.shape[:1], jnp.int32)
+    else:
+      layers, start = state
+    x, length = self._embed(tokens, start, segment_ids)
     if embeddings is not None:
       check_shapes(
         "LanguageModel",
@@ -267,15 +155,9 @@ class LanguageModel(nnx.Module):
       x = embeddings.astype(x.dtype)
     if out is not None:
       out["embeddings"] = x
-    body: Callable[..., Any]
-    apply = Block.__call__ if out is None else _showing
-    body = functools.partial(_layers, apply, segment_ids)
-    if self.config.remat:
-      body = jax.checkpoint(body)
-    x, layers = jax.lax.scan(body, x, (tuple(self.blocks), state.layers))
-    if out is not None:
-      layers, shown = zip(*layers, strict=True)
-      out.update(jax.tree.map(_in_order, *shown))
+    x, layers = apply_blocks(
+      self.blocks, x, layers, segment_ids, remat=self.config.remat, out=out
+    )
     return self.norm(x), ModelState(layers, length)
 
   def block(self, index: int) -> Block:
@@ -291,10 +173,17 @@ class LanguageModel(nnx.Module):
   def logits(self, features: Float[Array, "... M"]) -> Float[Array, "... V"]:
     """Project features to logits over the vocabulary, float32."""
     features = features.astype(self.config.dtype)
-    return jnp.einsum(
-      "...m,vm->...v", features, self.embedding[...].astype(features.dtype),
+    logits = jnp.einsum(
+      "...m,vm->...v", features, self.unembedding.astype(features.dtype),
       preferred_element_type=jnp.float32,
     )  # fmt: skip
+    cap = self.config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+  @property
+  def unembedding(self) -> Float[Array, "V M"]:
+    """The matrix from features to logits: the head, or the embedding."""
+    return (self.embedding if self.head is None else self.head)[...]
 
   def init_state(
     self, batch_size: int, max_length: int | None = None
@@ -307,15 +196,8 @@ class LanguageModel(nnx.Module):
         layers do not care.
     """
     repeats = self.config.n_layers // len(self.blocks)
-    stack = lambda x: jnp.broadcast_to(x[None], (repeats, *x.shape))
-
-    layers = (
-      block.mixer.init_state(batch_size, max_length) for block in self.blocks
-    )
-    return ModelState(
-      tuple(jax.tree.map(stack, layer) for layer in layers),
-      jnp.zeros((batch_size,), jnp.int32),
-    )
+    layers = block_states(self.blocks, repeats, batch_size, max_length)
+    return ModelState(layers, jnp.zeros((batch_size,), jnp.int32))
 
   def _embed(self, tokens, length, segment_ids):
     """The start of the residual and the new length."""
@@ -327,14 +209,24 @@ class LanguageModel(nnx.Module):
     # counted from the end.
     tokens = jnp.where(tokens < 0, self.config.vocab_size, tokens)
     x = _rows(self.embedding[...], tokens)
+    if self.config.embedding_scale != 1.0:
+      x = x * self.config.embedding_scale
     if self.positions is not None:
       x = x + jnp.take(self.positions[...], position, axis=0, mode="fill")
     valid = ids > 0
-    x = jnp.where(valid[..., None], x, jnp.zeros_like(x))
+    x = clear_padding(x, ids)
+    if self.embedding_norm is not None:
+      # Its bias stands at padding too, and a NaN before it would reach scale.
+      x = clear_padding(self.embedding_norm(x), ids)
     inside = valid & (segment == segment[:, -1:])
     restarted = segment[:, -1] > 0
     length = jnp.where(restarted, 0, length) + inside.sum(1, dtype=jnp.int32)
     return x, length
+
+
+def _head(key, config):
+  size, vocabulary = config.d_model, config.vocab_size
+  return linear_weight(key, size, vocabulary, config.init).T
 
 
 def _rows(table, indices):
@@ -348,28 +240,6 @@ def _rows(table, indices):
   if sharding.mesh.explicit_axes:
     out = jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec, None))
   return table.at[indices].get(mode="fill", out_sharding=out)
-
-
-def _layers(apply, segment_ids, x, xs):
-  """One repeat of the layer pattern, as `lax.scan` wants it."""
-  blocks, states = xs
-  new = []
-  for block, state in zip(blocks, states, strict=True):
-    x, state = apply(block, x, state, segment_ids)
-    new.append(state)
-  return x, tuple(new)
-
-
-def _showing(block, x, state, segment_ids):
-  """A block whose intermediates leave the scan beside its state."""
-  out: dict[str, Array] = {}
-  x, state = block(x, state, segment_ids, out)
-  return x, (state, out)
-
-
-def _in_order(*stacks):
-  """Positions of the pattern, each `[repeats, …]`, to `[n_layers, …]`."""
-  return jnp.stack(stacks, 1).reshape(-1, *stacks[0].shape[1:])
 
 
 def _check(function, tokens, segment_ids, letters):

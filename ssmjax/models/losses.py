@@ -47,9 +47,10 @@ def labelled_loss(
     weights = jnp.ones(batch["targets"].shape, jnp.float32)
   loss, correct = ops.linear_cross_entropy(
     features.reshape(-1, features.shape[-1]),
-    model.embedding[...],
+    model.unembedding,
     batch["targets"].reshape(-1),
     weights.reshape(-1),
+    softcap=model.config.logit_softcap,
   )
   return loss, weights.sum(), {"accuracy": correct}
 

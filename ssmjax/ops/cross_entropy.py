@@ -20,10 +20,14 @@ def linear_cross_entropy(
   weight: Float[Array, "V M"],
   targets: Int[Array, " P"],
   weights: Float[Array, " P"] | None = None,
+  *,
+  softcap: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """Sum the cross-entropy of linear logits over positions.
 
   loss = Σₚ wₚ (log Σᵥ exp(fₚ·eᵥ) - fₚ·e_target),  in float32
+
+  with c·tanh(fₚ·eᵥ / c) for each logit where there is a soft cap c.
 
   The logits of a block of positions at a time are formed, and in the same
   pass their gradient, so that P·V logits are never in memory and nothing is
@@ -31,17 +35,19 @@ def linear_cross_entropy(
 
   Args:
     features: fₚ, `[P, M]`.
-    weight: eᵥ, the (tied) embedding, `[V, M]`.
+    weight: eᵥ, the tied embedding or a head of its own, `[V, M]`.
     targets: `[P]` int; out of range gives NaN where its weight is not 0.
     weights: `[P]`, 0 for positions that do not count; ones if None. They
       carry no gradient.
+    softcap: c, above 0; None for logits as they are.
 
   Returns:
     The sum of the losses, and the sum of the weights of the positions whose
     largest logit is the target's; both scalars, float32.
 
   Raises:
-    ValueError: an argument of the wrong shape or dtype.
+    ValueError: an argument of the wrong shape or dtype, a soft cap that is not
+      above 0.
 
   >>> loss, correct = linear_cross_entropy(
   ...   jnp.eye(2), jnp.eye(2), jnp.array([0, 0]))
@@ -65,28 +71,34 @@ def linear_cross_entropy(
       f"{function}: targets has dtype {dtype.name}, expected class numbers of"
       " an integer type. Pass targets.astype(jnp.int32)."
     )
+  if softcap is not None and not softcap > 0:
+    raise ValueError(
+      f"{function}: softcap is {softcap}, expected a number above 0, or None."
+    )
   if weights is None:
     weights = jnp.ones(targets.shape, jnp.float32)
   return _loss(
+    softcap,
     *match_varying(
       features, weight, targets.astype(jnp.int32), weights.astype(jnp.float32)
-    )
+    ),
   )
 
 
-@jax.custom_vjp
-def _loss(features, weight, targets, weights):
-  return _blocks(features, weight, targets, weights, False)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(softcap, features, weight, targets, weights):
+  return _blocks(softcap, features, weight, targets, weights, False)[:2]
 
 
-def _forward(features, weight, targets, weights):
+def _forward(softcap, features, weight, targets, weights):
   loss, correct, d_features, d_weight = _blocks(
-    features, weight, targets, weights, True
+    softcap, features, weight, targets, weights, True
   )
   return (loss, correct), (d_features, d_weight.astype(weight.dtype))
 
 
-def _backward(gradients, cotangents):
+def _backward(softcap, gradients, cotangents):
+  del softcap
   d_features, d_weight = gradients
   scale = lambda g: (g.astype(jnp.float32) * cotangents[0]).astype(g.dtype)
   return scale(d_features), scale(d_weight), None, None
@@ -95,12 +107,12 @@ def _backward(gradients, cotangents):
 _loss.defvjp(_forward, _backward)
 
 
-def _blocks(features, weight, targets, weights, differentiate):
+def _blocks(softcap, features, weight, targets, weights, differentiate):
   """(loss, correct) and, on request, (d_features, d_weight in float32)."""
   positions = features.shape[0]
   size = max(1, min(positions, _BLOCK_LOGITS // weight.shape[0]))
   count = -(-positions // size)
-  block = functools.partial(_block, weight, differentiate)
+  block = functools.partial(_block, weight, softcap, differentiate)
   if count == 1:
     return block(features, targets, weights)
   padding = count * size - positions
@@ -127,7 +139,7 @@ def _blocks(features, weight, targets, weights, differentiate):
   return loss, correct, d_features, d_weight[0]
 
 
-def _block(weight, differentiate, features, targets, weights):
+def _block(weight, softcap, differentiate, features, targets, weights):
   counts = weights != 0
   # 0 · NaN would be NaN in the gradient of the embedding.
   features = jnp.where(counts[:, None], features, jnp.zeros_like(features))
@@ -135,6 +147,10 @@ def _block(weight, differentiate, features, targets, weights):
     "pm,vm->pv", features, weight.astype(features.dtype),
     preferred_element_type=jnp.float32,
   )  # fmt: skip
+  if softcap is not None:
+    slope = jnp.tanh(logits / softcap)
+    logits = softcap * slope
+    slope = 1 - jnp.square(slope)
   largest = lax.stop_gradient(logits.max(-1, keepdims=True))
   exponentials = jnp.exp(logits - largest)
   total = exponentials.sum(-1, keepdims=True)
@@ -152,7 +168,10 @@ def _block(weight, differentiate, features, targets, weights):
     return loss, correct
   d_logits = exponentials / total - hit.astype(jnp.float32)
   scale = jnp.where(counts & ~known, jnp.nan, weights)
-  d_logits = (d_logits * scale[:, None]).astype(features.dtype)
+  d_logits = d_logits * scale[:, None]
+  if softcap is not None:
+    d_logits = d_logits * slope
+  d_logits = d_logits.astype(features.dtype)
   d_features = jnp.einsum(
     "pv,vm->pm", d_logits, weight.astype(features.dtype),
     preferred_element_type=jnp.float32,

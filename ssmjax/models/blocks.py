@@ -1,0 +1,200 @@
+"""Blocks around mixers, and stacks of them: what whole models share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ssmjax.models.config import MixerConfig, ModelConfig
+from ssmjax.models.layers import (
+  LayerNorm,
+  RMSNorm,
+  dense,
+  linear_weight,
+)
+from ssmjax.types import Array, Float
+
+__all__ = [
+  "MLP",
+  "NORMS",
+  "Block",
+  "apply_blocks",
+  "block_states",
+  "stack_blocks",
+  "step_blocks",
+]
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+class Block(nnx.Module):
+  """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP.
+
+  In parallel, x + mixer(norm(x)) + mlp(norm(x)).
+  """
+
+  def __init__(self, mixer: MixerConfig, config: ModelConfig, rngs: nnx.Rngs):
+    norm = NORMS[config.block_norm]
+    self.norm = norm(config.d_model, epsilon=config.norm_epsilon)
+    self.mixer = mixer.build(config.d_model, config.n_layers, rngs)
+    has_mlp = config.mlp_ratio or config.mlp_width
+    self.mlp = MLP(config, rngs) if has_mlp else None
+    self.parallel = config.parallel_residual
+
+  def __call__(self, x, state=None, segment_ids=None, out=None):
+    """Apply to a sequence: x `[B, T, M]` float32 and the mixer's state.
+
+    A dictionary `out` is given `mixer_input`, `mixer_output`, `block_output`.
+    """
+    normed = self.norm(x)
+    y, state = self.mixer(normed, state, segment_ids)
+    x = self._rest(x, y)
+    if out is not None:
+      out.update(mixer_input=normed, mixer_output=y, block_output=x)
+    return x, state
+
+  def step(self, x, state, segment_ids=None):
+    """Apply to one token, x `[B, M]`."""
+    y, state = self.mixer.step(self.norm(x), state, segment_ids)
+    return self._rest(x, y), state
+
+  def _rest(self, x, y):
+    mixed = x + y.astype(x.dtype)
+    if self.mlp is None:
+      return mixed
+    return mixed + self.mlp(x if self.parallel else mixed).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+  """W₂ f(W₁ norm(x)), or W₂ (f(Wₘ norm(x)) ∘ W₁ norm(x)) with a gate."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    keys = jax.random.split(rngs.params(), 2)
+    size = config.d_model
+    hidden = config.mlp_width or config.mlp_ratio * size
+    zeros = lambda n, there: nnx.Param(jnp.zeros(n)) if there else None
+    gated = config.mlp in ("swiglu", "geglu")
+    self.norm = NORMS[config.block_norm](size, epsilon=config.norm_epsilon)
+    draw = functools.partial(linear_weight, init=config.init)
+    self.up_proj = nnx.Param(draw(keys[0], size, hidden))
+    down_proj = draw(keys[1], hidden, size) / (2 * config.n_layers) ** 0.5
+    self.down_proj = nnx.Param(down_proj)
+    self.gate_proj = (
+      nnx.Param(draw(rngs.params(), size, hidden)) if gated else None
+    )
+    self.up_bias = zeros(hidden, config.mlp_bias)
+    self.gate_bias = zeros(hidden, config.mlp_bias and gated)
+    self.down_bias = zeros(size, config.mlp_bias)
+    self.kind = config.mlp
+    self.dtype = config.dtype
+
+  def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
+    """Apply to each token alone."""
+    x = self.norm(x).astype(self.dtype)
+    hidden = _affine(x, self.up_proj, self.up_bias)
+    if self.gate_proj is None:
+      hidden = _ACTIVATIONS[self.kind](hidden)
+    else:
+      gate = _affine(x, self.gate_proj, self.gate_bias)
+      hidden = _ACTIVATIONS[self.kind](gate) * hidden
+    return _affine(hidden, self.down_proj, self.down_bias)
+
+
+def stack_blocks(config: ModelConfig, rngs: nnx.Rngs) -> nnx.List:
+  """Make a model's blocks, those of one place in the pattern stacked."""
+  repeats = config.n_layers // len(config.mixers)
+
+  def stack(mixer):
+    keys = jax.random.split(rngs.params(), repeats)
+    return jax.vmap(lambda key: Block(mixer, config, nnx.Rngs(key)))(keys)
+
+  return nnx.List([stack(mixer) for mixer in config.mixers])
+
+
+def apply_blocks(
+  blocks: nnx.List,
+  x: Float[Array, "B T M"],
+  states: tuple[Any, ...] | None,
+  segment_ids: Array | None,
+  *,
+  remat: bool,
+  out: dict[str, Array] | None = None,
+) -> tuple[Float[Array, "B T M"], tuple[Any, ...]]:
+  """Run over a sequence, block after block; states None at the beginning.
+
+  What a block puts into its `out` is stacked in that of the model, in the
+  order of layers.
+  """
+  if states is None:
+    states = (None,) * len(blocks)
+  apply = Block.__call__ if out is None else _showing
+  body: Callable[..., Any] = functools.partial(_layers, apply, segment_ids)
+  if remat:
+    body = jax.checkpoint(body)
+  x, new = jax.lax.scan(body, x, (tuple(blocks), states))
+  if out is not None:
+    new, shown = zip(*new, strict=True)
+    out.update(jax.tree.map(_in_order, *shown))
+  return x, new
+
+
+def step_blocks(
+  blocks: nnx.List,
+  x: Float[Array, "B M"],
+  states: tuple[Any, ...],
+  segment_ids: Array | None,
+) -> tuple[Float[Array, "B M"], tuple[Any, ...]]:
+  """Run over one token, block after block."""
+  body = functools.partial(_layers, Block.step, segment_ids)
+  return jax.lax.scan(body, x, (tuple(blocks), states))
+
+
+def block_states(
+  blocks: nnx.List, repeats: int, batch_size: int, max_length: int | None
+) -> tuple[Any, ...]:
+  """The mixers' states before any token, stacked as their blocks are."""
+  stack = lambda x: jnp.broadcast_to(x[None], (repeats, *x.shape))
+  layers = (block.mixer.init_state(batch_size, max_length) for block in blocks)
+  return tuple(jax.tree.map(stack, layer) for layer in layers)
+
+
+def _gelu_exact(x):
+  return jax.nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": jax.nn.gelu,
+  "gelu_exact": _gelu_exact,
+  "swiglu": jax.nn.silu,
+  "geglu": jax.nn.gelu,
+}
+
+
+def _affine(x, weight, bias):
+  y = dense(x, weight[...])
+  return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+def _layers(apply, segment_ids, x, xs):
+  """One repeat of the layer pattern, as `lax.scan` wants it."""
+  blocks, states = xs
+  new = []
+  for block, state in zip(blocks, states, strict=True):
+    x, state = apply(block, x, state, segment_ids)
+    new.append(state)
+  return x, tuple(new)
+
+
+def _showing(block, x, state, segment_ids):
+  """A block whose intermediates leave the scan beside its state."""
+  out: dict[str, Array] = {}
+  x, state = block(x, state, segment_ids, out)
+  return x, (state, out)
+
+
+def _in_order(*stacks):
+  """Positions of the pattern, each `[repeats, …]`, to `[n_layers, …]`."""
+  return jnp.stack(stacks, 1).reshape(-1, *stacks[0].shape[1:])

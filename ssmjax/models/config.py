@@ -1,0 +1,107 @@
+"""Configurations of whole models: sizes, the pattern of mixers, choices."""
+
+import dataclasses
+from typing import Any, Literal, Protocol
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ssmjax.models.layers import check_sizes
+from ssmjax.models.mamba import MambaConfig
+from ssmjax.types import check_choice
+
+__all__ = ["MixerConfig", "ModelConfig"]
+
+
+class MixerConfig(Protocol):
+  """The configuration of a mixer, which builds it."""
+
+  def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> Any:
+    """Make the mixer for a model of this width and depth."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes and choices of a `LanguageModel`.
+
+  Attributes:
+    vocab_size: V.
+    d_model: width.
+    n_layers: blocks, a multiple of the pattern's length.
+    mixers: the pattern of mixers, repeated; one entry for a uniform model.
+    mlp_ratio: hidden width of each block's MLP over d_model; 0 for no MLP.
+    max_positions: size of a table of learned positions added to the
+      embedding; None for none.
+    norm_epsilon: of every norm.
+    final_norm: `"rms"`, or `"layer"` (what the recall experiments of Wang et
+      al. 2025 have).
+    init: as in `MambaConfig`, for what is not inside a mixer.
+    remat: recompute each block in the backward pass; keeps one activation a
+      block in memory.
+    dtype: dtype of activations outside the mixers; the residual is float32.
+    tie_embeddings: whether the embedding is also the matrix to the logits;
+      else there is a `head` of its own.
+    block_norm: the norms inside blocks, `"rms"` or `"layer"`.
+    embedding_norm: a LayerNorm between the embedding and the first block, as
+      RWKV-4 has it.
+    embedding_scale: factor of the embedding (Gemma: √d_model).
+    logit_softcap: c where logits are c·tanh(logits / c), as in Gemma 2 and
+      RecurrentGemma; None for logits as they are.
+    mlp: `"gelu"`, W₂ gelu(W₁x), by its tanh form; `"gelu_exact"`, by the error
+      function; the gated `"swiglu"`, W₂ (silu(Wₘx) ∘ W₁x), and `"geglu"`, the
+      same with gelu's tanh form (Shazeer 2020, arXiv 2002.05202).
+    mlp_width: hidden width of the MLP in place of mlp_ratio · d_model.
+    mlp_bias: biases in the MLP.
+    parallel_residual: x + mixer(norm(x)) + mlp(norm(x)), each with its own
+      norm, as in GPT-NeoX, in place of one after the other.
+  """
+
+  vocab_size: int
+  d_model: int
+  n_layers: int
+  mixers: tuple[MixerConfig, ...] = (MambaConfig(),)
+  mlp_ratio: int = 0
+  max_positions: int | None = None
+  norm_epsilon: float = 1e-5
+  final_norm: Literal["rms", "layer"] = "rms"
+  init: Literal["mamba", "authors"] = "mamba"
+  remat: bool = True
+  dtype: Any = jnp.float32
+  tie_embeddings: bool = True
+  block_norm: Literal["rms", "layer"] = "rms"
+  embedding_norm: bool = False
+  embedding_scale: float = 1.0
+  logit_softcap: float | None = None
+  mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
+  mlp_width: int | None = None
+  mlp_bias: bool = False
+  parallel_residual: bool = False
+
+  def __post_init__(self):
+    check_sizes(self, {"vocab_size": 1})
+    _check_blocks(self)
+    if self.logit_softcap is not None and not self.logit_softcap > 0:
+      raise ValueError(
+        f"ModelConfig: logit_softcap is {self.logit_softcap}, expected a number"
+        " above 0, or None."
+      )
+
+
+def _check_blocks(config):
+  """Raise ValueError for what blocks cannot be built of."""
+  name = type(config).__name__
+  for field, choices in {
+    "final_norm": ("rms", "layer"),
+    "block_norm": ("rms", "layer"),
+    "init": ("mamba", "authors"),
+    "mlp": ("gelu", "gelu_exact", "swiglu", "geglu"),
+  }.items():
+    check_choice(name, field, getattr(config, field), choices)
+  check_sizes(config, {"d_model": 1, "n_layers": 1, "mlp_ratio": 0})
+  check_sizes(config, {"max_positions": 1, "mlp_width": 1})
+  if not config.mixers or config.n_layers % len(config.mixers):
+    raise ValueError(
+      f"{name}: n_layers is {config.n_layers}, expected a multiple of"
+      f" the pattern of {len(config.mixers)} mixers. Change n_layers, or"
+      " write the whole pattern out in mixers."
+    )
