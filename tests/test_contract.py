@@ -23,6 +23,8 @@ from ssmjax.models import (
   MinLSTMConfig,
   ModelConfig,
   RGLRUConfig,
+  RWKV4Config,
+  RWKVChannelMixConfig,
 )
 from ssmjax.types import Polarization
 
@@ -48,6 +50,10 @@ MODELS = {
   "mingru": MinGRUConfig(expand=2, init="authors"),
   "mingru_bf16": MinGRUConfig(candidate="linear", dtype=jnp.bfloat16),
   "minlstm_both": MinLSTMConfig(d_conv=4, polarization=BOTH),
+  "rwkv4_both": RWKV4Config(polarization=BOTH),
+  "rwkv4_bf16": RWKV4Config(dtype=jnp.bfloat16),
+  "rwkv_channel_mix": RWKVChannelMixConfig(width=12, init="authors"),
+  "rwkv_channel_mix_bf16": RWKVChannelMixConfig(dtype=jnp.bfloat16),
   "lm_mamba": LM(mixers=(MAMBA(),), final_norm="layer", init="authors"),
   "lm_attention": LM(mixers=(ATTENTION(),), mlp_ratio=2),
   "lm_hybrid": LM(
@@ -68,10 +74,14 @@ MODELS = {
 NIGHTLY = {
   *("mamba", "mamba_replaced", "mamba_authors", "attention_bf16"),
   *("rglru", "rglru_bf16", "mingru", "mingru_bf16"),
+  *("rwkv4_bf16", "rwkv_channel_mix_bf16"),
   *("lm_mamba", "lm_attention", "lm_griffin", "lm_min_rnn", "lm_bf16"),
 }
 # Mixers without a diagonal Eq. 1.
-NOT_EQ1 = (AttentionConfig,)
+NOT_EQ1 = (
+  AttentionConfig,
+  RWKVChannelMixConfig,
+)
 # Through these, transformations see every mixer and the model around it.
 TRANSFORMED = {"lm_hybrid"}
 

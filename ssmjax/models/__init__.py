@@ -2,6 +2,11 @@
 
 from ssmjax.models.attention import Attention, AttentionConfig, AttentionState
 from ssmjax.models.blocks import Block
+from ssmjax.models.channel_mix import (
+  RWKVChannelMix,
+  RWKVChannelMixConfig,
+  RWKVChannelMixState,
+)
 from ssmjax.models.config import ModelConfig
 from ssmjax.models.config_json import config_from_json, config_to_json
 from ssmjax.models.generate import generate, prefill
@@ -17,9 +22,11 @@ from ssmjax.models.min_rnn import (
   MinRNNState,
 )
 from ssmjax.models.rglru import RGLRU, RGLRUConfig, RGLRUState
+from ssmjax.models.rwkv4 import RWKV4, RWKV4Config, RWKV4State
 
 __all__ = [
   "RGLRU",
+  "RWKV4",
   "Attention",
   "AttentionConfig",
   "AttentionState",
@@ -39,6 +46,11 @@ __all__ = [
   "RGLRUConfig",
   "RGLRUState",
   "RMSNorm",
+  "RWKV4Config",
+  "RWKV4State",
+  "RWKVChannelMix",
+  "RWKVChannelMixConfig",
+  "RWKVChannelMixState",
   "config_from_json",
   "config_to_json",
   "gather_labels",

@@ -6,9 +6,11 @@ its polarization holds; None where there is none.
 """
 
 from ssmjax.models.attention import AttentionConfig
+from ssmjax.models.channel_mix import RWKVChannelMixConfig
 from ssmjax.models.mamba import MambaConfig
 from ssmjax.models.min_rnn import MinGRUConfig, MinLSTMConfig
 from ssmjax.models.rglru import RGLRUConfig
+from ssmjax.models.rwkv4 import RWKV4Config
 
 __all__ = ["MIXERS"]
 
@@ -17,5 +19,7 @@ MIXERS = {
   "rglru": RGLRUConfig,
   "mingru": MinGRUConfig,
   "minlstm": MinLSTMConfig,
+  "rwkv4": RWKV4Config,
+  "rwkv_channel_mix": RWKVChannelMixConfig,
   "attention": AttentionConfig,
 }
