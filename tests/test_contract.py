@@ -18,6 +18,7 @@ from flax import nnx
 from ssmjax.models import (
   AttentionConfig,
   LanguageModel,
+  Mamba2Config,
   MambaConfig,
   MinGRUConfig,
   MinLSTMConfig,
@@ -31,6 +32,7 @@ from ssmjax.types import Polarization
 BOTH = Polarization(ones=1, zeros=1)
 REPLACED = Polarization(ones=1, zeros=1, placement="replace")
 MAMBA = functools.partial(MambaConfig, d_state=4)
+MAMBA2 = functools.partial(Mamba2Config, d_state=4, head_dim=2)
 ATTENTION = functools.partial(AttentionConfig, num_heads=2, max_length=12)
 RGLRU = functools.partial(RGLRUConfig, num_blocks=2)
 LM = functools.partial(ModelConfig, 16, 8, 2)
@@ -41,6 +43,8 @@ MODELS = {
   "mamba_replaced": MAMBA(polarization=REPLACED),
   "mamba_authors": MAMBA(init="authors"),
   "mamba_bf16": MAMBA(polarization=BOTH, dtype=jnp.bfloat16),
+  "mamba2_both": MAMBA2(n_groups=2, polarization=BOTH),
+  "mamba2_bf16": MAMBA2(d_ssm=12, polarization=REPLACED, dtype=jnp.bfloat16),
   "attention": ATTENTION(),
   "attention_bf16": ATTENTION(dtype=jnp.bfloat16),
   "attention_window": ATTENTION(window=3, max_length=2),
@@ -73,6 +77,7 @@ MODELS = {
 # What the rest of the table covers, put together in another way.
 NIGHTLY = {
   *("mamba", "mamba_replaced", "mamba_authors", "attention_bf16"),
+  *("mamba2_bf16",),
   *("rglru", "rglru_bf16", "mingru", "mingru_bf16"),
   *("rwkv4_bf16", "rwkv_channel_mix_bf16"),
   *("lm_mamba", "lm_attention", "lm_griffin", "lm_min_rnn", "lm_bf16"),

@@ -14,6 +14,7 @@ from ssmjax.models.layers import LayerNorm, RMSNorm
 from ssmjax.models.lm import LanguageModel, ModelState
 from ssmjax.models.losses import gather_labels, labelled_loss
 from ssmjax.models.mamba import Mamba, MambaConfig, MambaState
+from ssmjax.models.mamba2 import Mamba2, Mamba2Config, Mamba2State
 from ssmjax.models.min_rnn import (
   MinGRU,
   MinGRUConfig,
@@ -34,6 +35,9 @@ __all__ = [
   "LanguageModel",
   "LayerNorm",
   "Mamba",
+  "Mamba2",
+  "Mamba2Config",
+  "Mamba2State",
   "MambaConfig",
   "MambaState",
   "MinGRU",

@@ -8,6 +8,7 @@ its polarization holds; None where there is none.
 from ssmjax.models.attention import AttentionConfig
 from ssmjax.models.channel_mix import RWKVChannelMixConfig
 from ssmjax.models.mamba import MambaConfig
+from ssmjax.models.mamba2 import Mamba2Config
 from ssmjax.models.min_rnn import MinGRUConfig, MinLSTMConfig
 from ssmjax.models.rglru import RGLRUConfig
 from ssmjax.models.rwkv4 import RWKV4Config
@@ -16,6 +17,7 @@ __all__ = ["MIXERS"]
 
 MIXERS = {
   "mamba": MambaConfig,
+  "mamba2": Mamba2Config,
   "rglru": RGLRUConfig,
   "mingru": MinGRUConfig,
   "minlstm": MinLSTMConfig,

@@ -21,7 +21,13 @@ from ssmjax.types import (
   check_shapes,
 )
 
-__all__ = ["Mamba", "MambaConfig", "MambaState"]
+__all__ = [
+  "Mamba",
+  "MambaConfig",
+  "MambaState",
+  "check_dt_range",
+  "log_uniform_dt_bias",
+]
 
 
 class MambaState(NamedTuple):
@@ -48,6 +54,8 @@ class MambaConfig:
     dt_rank: rank of the map to Δ; None for ⌈d_model / 16⌉.
     dt_min: smallest Δ at initialisation.
     dt_max: largest Δ at initialisation; Δ is log-uniform between them.
+    norm_epsilon: of weightless RMS norms of δ, B and C, as FalconMamba has
+      them; None for no norms, as Mamba.
     polarization: channels of decay exactly 1 and 0; None for none.
     init: `"mamba"` is Mamba's own initialisation; `"authors"` is what the
       released code of Wang et al. 2025 does: every linear weight N(0, 0.02²)
@@ -66,6 +74,7 @@ class MambaConfig:
   dt_rank: int | None = None
   dt_min: float = 1e-3
   dt_max: float = 1e-1
+  norm_epsilon: float | None = None
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
   dtype: Any = jnp.float32
@@ -78,10 +87,11 @@ class MambaConfig:
       size = getattr(self, name)
       if size is not None and size < 1:
         raise ValueError(f"MambaConfig: {name} is {size}, expected 1 or more.")
-    if not 0 < self.dt_min <= self.dt_max:
+    check_dt_range(self)
+    if self.norm_epsilon is not None and not self.norm_epsilon >= 0:
       raise ValueError(
-        f"MambaConfig: dt_min is {self.dt_min} and dt_max {self.dt_max},"
-        " expected 0 < dt_min <= dt_max."
+        f"MambaConfig: norm_epsilon is {self.norm_epsilon}, expected None or a"
+        " number, 0 or more."
       )
     check_choice("MambaConfig", "init", self.init, ("mamba", "authors"))
 
@@ -97,10 +107,15 @@ class Mamba(nnx.Module):
   Δ = softplus(W_Δ δ + b_Δ);  h_t = exp(ΔA) h_{t-1} + Δ B u
   y = W_out ((C·h + D u) · silu(z))
 
+  With `norm_epsilon` δ, B and C are divided by their root mean square. (The
+  fused training kernel of transformers norms W_Δ δ instead of δ, and passes
+  no gradient through the norms: unlike its own inference.)
+
   Polarization holds the decay of some channels at 1 (they sum Δ B u for
   ever) and of others at 0 (they gate the present token).
 
-  Source: Gu & Dao 2023 (arXiv 2312.00752); Wang et al. 2025, §4.3.
+  Source: Gu & Dao 2023 (arXiv 2312.00752); Wang et al. 2025, §4.3; the norms:
+  Zuo et al. 2024 (FalconMamba, arXiv 2410.05355), §2.
   """
 
   def __init__(
@@ -142,7 +157,7 @@ class Mamba(nnx.Module):
     self.x_proj = nnx.Param(linear(keys[3], inner, rank + 2 * states))
     self.dt_proj = nnx.Param(linear(keys[4], rank, inner))
     self.dt_bias = nnx.Param(
-      _dt_bias(keys[5], inner, config)
+      log_uniform_dt_bias(keys[5], inner, config)
       if own
       else jnp.zeros((inner,), jnp.float32)
     )
@@ -270,11 +285,36 @@ class Mamba(nnx.Module):
     """The input-dependent Δ (before bias and softplus), B and C."""
     rank = self.dt_proj.shape[0]
     x = dense(u, self.x_proj[...])
-    delta, B, C = jnp.split(x, [rank, (rank + x.shape[-1]) // 2], -1)
+    parts = jnp.split(x, [rank, (rank + x.shape[-1]) // 2], -1)
+    delta, B, C = map(self._normed, parts)
     return dense(delta, self.dt_proj[...]), B, C
+
+  def _normed(self, x):
+    epsilon = self.config.norm_epsilon
+    if epsilon is None:
+      return x
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), -1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
 
   def _A(self):
     return -jnp.exp(self.A_log[...])
+
+
+def check_dt_range(config) -> None:
+  """Raise ValueError unless a configuration's Δ is drawn from some range."""
+  if not 0 < config.dt_min <= config.dt_max:
+    raise ValueError(
+      f"{type(config).__name__}: dt_min is {config.dt_min} and dt_max"
+      f" {config.dt_max}, expected 0 < dt_min <= dt_max."
+    )
+
+
+def log_uniform_dt_bias(key, size: int, config) -> Array:
+  """Draw the bias whose softplus is log-uniform in [dt_min, dt_max]."""
+  low, high = math.log(config.dt_min), math.log(config.dt_max)
+  dt = jnp.exp(jax.random.uniform(key, (size,), jnp.float32, low, high))
+  return dt + jnp.log(-jnp.expm1(-dt))
 
 
 def _readout(C, u, D, z, out_proj, like, h, t):
@@ -284,10 +324,3 @@ def _readout(C, u, D, z, out_proj, like, h, t):
   y = y + D * at(u).astype(jnp.float32)
   y = (y * jax.nn.silu(at(z).astype(jnp.float32))).astype(z.dtype)
   return dense(y, out_proj).astype(like.dtype)
-
-
-def _dt_bias(key, size, config):
-  """The bias whose softplus is log-uniform in [dt_min, dt_max]."""
-  low, high = math.log(config.dt_min), math.log(config.dt_max)
-  dt = jnp.exp(jax.random.uniform(key, (size,), jnp.float32, low, high))
-  return dt + jnp.log(-jnp.expm1(-dt))
