@@ -193,8 +193,6 @@ def test_convolution_without_bias_has_a_bias_of_zero(tmp_path):
 @pytest.mark.parametrize(
   ("fields", "kind", "message"),
   [
-    (HF | {"model_type": "falcon_mamba"}, NotImplementedError,
-     "no RMS norms of B, C and Δ"),
     (HF | {"model_type": "jamba"}, NotImplementedError, "model_type 'jamba'"),
     (HF | {"use_bias": True}, NotImplementedError, "use_bias is true"),
     (HF | {"hidden_act": "gelu"}, NotImplementedError, "hidden_act is 'gelu'"),
@@ -203,7 +201,7 @@ def test_convolution_without_bias_has_a_bias_of_zero(tmp_path):
     (HF | {"hidden_size": None}, ValueError, "hidden_size .* is None, expect"),
     (HF | {"state_size": 4.0}, ValueError, "state_size .* is 4.0, expected an"),
     (HF | {"layer_norm_epsilon": "x"}, ValueError, "layer_norm_epsilon of con"),
-    (NATIVE | {"ssm_cfg": {"layer": "Mamba2"}}, NotImplementedError, "Mamba2"),
+    (NATIVE | {"ssm_cfg": {"layer": "Mamba3"}}, NotImplementedError, "Mamba3"),
     (NATIVE | {"ssm_cfg": {"bias": True}}, NotImplementedError, "cfg.bias is"),
     (NATIVE | {"ssm_cfg": {"gate": 1}}, NotImplementedError, "ssm_cfg.gate"),
     (NATIVE | {"ssm_cfg": 7}, ValueError, "ssm_cfg of config.json is 7"),

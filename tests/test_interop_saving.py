@@ -150,7 +150,6 @@ def test_save_does_not_write_over_what_is_there(tmp_path):
     ({"mlp_ratio": 2}, "MLP"),
     ({"max_positions": 8}, "learned positions"),
     ({"final_norm": "layer"}, "final_norm='layer'"),
-    ({"tie_embeddings": False}, "tie_embeddings=False"),
   ],
 )
 def test_model_that_the_formats_cannot_hold_is_not_saved(

@@ -10,6 +10,10 @@ from ssmjax.interop.tensor_files import read_tensors
 __all__ = ["find_folder", "list_tensors", "read_config"]
 
 
+# Mistral's own form of its models is called consolidated.
+_WHOLE = ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
+
+
 def find_folder(path: str | os.PathLike) -> pathlib.Path:
   """Make sure that there is such a folder."""
   folder = pathlib.Path(path)
@@ -34,7 +38,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 def list_tensors(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, tuple]]:
   """List the files, with shape and dtype of each tensor that they hold."""
-  for whole in ("model.safetensors", "pytorch_model.bin"):
+  for whole in _WHOLE:
     index = folder / f"{whole}.index.json"
     names: dict[str, list[str]]
     if (folder / whole).is_file():
@@ -57,8 +61,8 @@ def list_tensors(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, tuple]]:
       del tensors
     return found
   raise ValueError(
-    f"load_pretrained: {folder} has none of model.safetensors,"
-    " pytorch_model.bin and their index.json."
+    f"load_pretrained: {folder} has none of {', '.join(_WHOLE)} and their"
+    " index.json."
   )
 
 

@@ -5,6 +5,7 @@ each is called there, where it is here, and how the two lie to each other.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,8 +21,11 @@ __all__ = [
   "Layout",
   "Tensor",
   "beyond",
+  "flag",
   "lacking",
+  "positive_number",
   "refusal",
+  "refuse_unknown",
   "whole_number",
 ]
 
@@ -72,9 +76,12 @@ class Format:
       what the format cannot hold.
     tensors: of the model outside its layers.
     layer_tensors: of each layer, in which `{}` is its number.
-    head: name of the output matrix, which repeats the embedding.
-    tied: from the fields, whether that matrix may be left out.
-    absent: from the fields, parameters of layers that have no tensor.
+    head: name of the output matrix; where embeddings are tied it repeats the
+      embedding, or is left out.
+    absent: from the fields, parameters of layers that have no tensor. One
+      whose entry has no default is not in the model either.
+    holds: whether it has words for such a model; of the formats of a name and
+      a kind of layer, the first that does writes it.
   """
 
   name: str
@@ -86,8 +93,8 @@ class Format:
   tensors: tuple[Tensor, ...] = ()
   layer_tensors: tuple[Tensor, ...] = ()
   head: str = "lm_head.weight"
-  tied: Callable[[dict[str, Any]], bool] = lambda fields: True
   absent: Callable[[dict[str, Any]], set[str]] = lambda fields: set()
+  holds: Callable[[ModelConfig], bool] = lambda config: True
 
 
 # Fields of a model that formats know or that say nothing about its numbers.
@@ -126,6 +133,33 @@ def whole_number(
   if type(value) is not int or value < 1:
     raise refusal(name, value, "an integer, 1 or more")
   return value
+
+
+def flag(fields: dict[str, Any], name: str, default: bool) -> bool:
+  """Read a field that is true or false."""
+  value = fields.get(name, default)
+  if type(value) is not bool:
+    raise refusal(name, value, "true or false")
+  return value
+
+
+def positive_number(fields: dict[str, Any], name: str, default: float) -> float:
+  """Read a field that is a number, as an epsilon, above 0."""
+  value = fields.get(name, default)
+  if type(value) not in (int, float) or not 0 < value < math.inf:
+    raise refusal(name, value, "a number above 0")
+  return float(value)
+
+
+def refuse_unknown(fields, known: set[str], where: str = "") -> None:
+  """Raise NotImplementedError for a field that nothing here reads."""
+  unknown = sorted(set(fields) - known)
+  if unknown:
+    raise NotImplementedError(
+      f"load_pretrained: config.json has {where}{unknown[0]}, which is no field"
+      " of such a model that is known here; it may say something about the"
+      " model that would be lost."
+    )
 
 
 def refusal(name: str, value: Any, expected: str) -> ValueError:

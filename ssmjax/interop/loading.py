@@ -19,7 +19,7 @@ from jax.sharding import (
 
 from ssmjax.interop.families import FORMATS
 from ssmjax.interop.folders import find_folder, list_tensors, read_config
-from ssmjax.interop.formats import Format, Tensor
+from ssmjax.interop.formats import SAME, Format, Tensor
 from ssmjax.interop.naming import layers, parameter_name, parameters
 from ssmjax.interop.tensor_files import read_tensors
 from ssmjax.models import LanguageModel
@@ -38,12 +38,17 @@ def load_pretrained(
   The folder is what the Hugging Face Hub gives (`snapshot_download` of
   `huggingface_hub`): `config.json` (or `params.json`) beside
   `model.safetensors` or, in shards, `model.safetensors.index.json`; where
-  there is neither, `pytorch_model.bin` through PyTorch's weights-only reader,
-  if it is installed: a pickle's code is never run. Known are
+  there is neither, `consolidated.safetensors` or `pytorch_model.bin`, the
+  latter through PyTorch's weights-only reader, if it is installed: a pickle's
+  code is never run. Known are
 
   - Mamba of the mamba_ssm package (`state-spaces/mamba-130m`), whose
     vocabulary is rounded up to a multiple of `pad_vocab_size_multiple`;
-  - Mamba of transformers (`state-spaces/mamba-130m-hf`).
+  - Mamba of transformers (`state-spaces/mamba-130m-hf`), and FalconMamba
+    (`tiiuae/falcon-mamba-7b`);
+  - Mamba-2 of the mamba_ssm package (`state-spaces/mamba2-130m`), of
+    transformers, and as Mistral publishes it
+    (`mistralai/Mamba-Codestral-7B-v0.1`, in both its forms).
 
   Tensors go one by one from the file into arrays of the model's own layout on
   the devices: the host has to hold one tensor of one layer (a device's piece
@@ -70,8 +75,8 @@ def load_pretrained(
       a field missing or wrong; tensors that are missing, unused or misshapen,
       all of them by name.
     NotImplementedError: a kind of model, or a feature of it, that is not here,
-      by name: FalconMamba's norms of B, C and Δ, biases of projections, an
-      output matrix that is not the embedding, quantised weights.
+      by name: biases of projections, quantised weights, an output matrix that
+      is not the embedding where the configuration ties them.
     ImportError: only a `.bin` is there, and PyTorch is not installed.
   """
   plan = _plan(path, dtype)
@@ -135,7 +140,8 @@ class _Plan(NamedTuple):
     files: what each holds.
     places: of tensors, by their names.
     absent: places of the tensors that the configuration rules out.
-    head: names of the output matrix, if there is one, and of the embedding.
+    head: names of the output matrix, if there is one that has to repeat the
+      embedding, and of the embedding.
   """
 
   model: LanguageModel
@@ -163,13 +169,17 @@ def _plan(path, dtype) -> _Plan:
   absent: list[_Place] = []
   for entry in format.tensors:
     places.append(_Place(entry.parameter, None, entry))
+  if not config.tie_embeddings:
+    places.append(_Place("head", None, Tensor("head", (format.head,), SAME)))
   for number, position, repeat in layers(model):
     for entry in format.layer_tensors:
       name = f"blocks.{position}.{entry.parameter}"
       called = tuple(text.format(number) for text in entry.names)
       place = _Place(name, repeat, entry._replace(names=called))
-      gone = entry.parameter in absent_parameters
-      (absent if gone else places).append(place)
+      if entry.parameter not in absent_parameters:
+        places.append(place)
+      elif entry.default is not None:
+        absent.append(place)
   narrow = {p.parameter for p in (*places, *absent) if not p.entry.wide}
   model = jax.tree.map_with_path(
     lambda path, x: jax.ShapeDtypeStruct(
@@ -179,18 +189,16 @@ def _plan(path, dtype) -> _Plan:
   )
   shapes = parameters(model)
   files = list_tensors(folder)
-  required = () if format.tied(fields) else (format.head,)
-  by_name, head = _match(folder, format, places, shapes, files, required)
+  by_name, head = _match(folder, format, places, shapes, files)
   names = {file: list(found) for file, found in files.items()}
   return _Plan(model, shapes, names, by_name, absent, head)
 
 
-def _match(folder, format, places, shapes, files, required):
+def _match(folder, format, places, shapes, files):
   """Places by the names that are there, or one error with all that is wrong."""
   there = {name: x for found in files.values() for name, x in found.items()}
   by_name = {}
-  missing = [f"missing: {name}" for name in required if name not in there]
-  misshapen = []
+  missing, misshapen = [], []
   for place in places:
     name = next((n for n in place.entry.names if n in there), None)
     if name is None:
@@ -211,7 +219,7 @@ def _match(folder, format, places, shapes, files, required):
       )
   head = None
   embeddings = [n for n, p in by_name.items() if p.parameter == "embedding"]
-  if format.head in there and embeddings:
+  if format.head in there and format.head not in by_name and embeddings:
     head = (format.head, embeddings[0])
     found, expected = (there[name][0] for name in head)
     if found != expected:
@@ -252,9 +260,9 @@ def _check_head(plan):
       break
   if not same:
     raise NotImplementedError(
-      f"load_pretrained: {plan.head[0]} is not {plan.head[1]}, and"
-      " LanguageModel here has no output matrix of its own: its logits are"
-      " products with the embedding."
+      f"load_pretrained: {plan.head[0]} is not {plan.head[1]}, though the"
+      " configuration ties them (tie_word_embeddings or tie_embeddings); say"
+      " false there if the model was trained with two matrices."
     )
 
 

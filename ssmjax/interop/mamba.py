@@ -11,87 +11,67 @@ from ssmjax.interop.formats import (
   Format,
   Tensor,
   beyond,
+  flag,
   lacking,
+  positive_number,
   refusal,
+  refuse_unknown,
   whole_number,
 )
 from ssmjax.models import MambaConfig, ModelConfig
 
-__all__ = ["FORMATS"]
+__all__ = [
+  "EMBEDDING",
+  "FORMATS",
+  "HF_EMBEDDING",
+  "check_hf",
+  "check_savable",
+  "model_tensors",
+  "native_fields",
+  "native_model",
+  "native_settings",
+]
 
 
 def _native_config(fields, dtype) -> ModelConfig:
-  _refuse_unknown(fields, _NATIVE_FIELDS, "")
-  settings = fields.get("ssm_cfg") or {}
-  if not isinstance(settings, dict):
-    raise refusal("ssm_cfg", settings, "an object")
+  settings = native_settings(fields)
   layer = settings.get("layer", "Mamba1")
   if layer != "Mamba1":
-    raise lacking(f"ssm_cfg.layer is {layer!r}", "layers other than 'Mamba1'")
-  _refuse_unknown(settings, _NATIVE_LAYER_FIELDS, "ssm_cfg.")
-  if not fields.get("rms_norm", True):
-    raise lacking("rms_norm is false", "blocks with LayerNorm")
-  if settings.get("bias", False):
-    raise lacking("ssm_cfg.bias is true", "biases of in_proj and out_proj")
-  if fields.get("attn_layer_idx"):
-    raise lacking("attn_layer_idx is not empty", "attention in this format")
-  if fields.get("d_intermediate", 0):
-    raise lacking("d_intermediate is not 0", "a gated MLP in each block")
+    raise lacking(
+      f"ssm_cfg.layer is {layer!r}", "layers other than 'Mamba1' and 'Mamba2'"
+    )
+  refuse_unknown(settings, _NATIVE_LAYER_FIELDS, "ssm_cfg.")
   rank = settings.get("dt_rank", "auto")
-  multiple = whole_number(fields, "pad_vocab_size_multiple", 8)
-  vocabulary = whole_number(fields, "vocab_size")
-  return ModelConfig(
-    vocab_size=math.ceil(vocabulary / multiple) * multiple,
-    d_model=whole_number(fields, "d_model"),
-    n_layers=whole_number(fields, "n_layer"),
-    mixers=(
-      MambaConfig(
-        d_state=whole_number(settings, "d_state", 16),
-        d_conv=whole_number(settings, "d_conv", 4),
-        expand=whole_number(settings, "expand", 2),
-        dt_rank=None if rank == "auto" else whole_number(settings, "dt_rank"),
-        dtype=dtype,
-      ),
-    ),
+  mixer = MambaConfig(
+    d_state=whole_number(settings, "d_state", 16),
+    d_conv=whole_number(settings, "d_conv", 4),
+    expand=whole_number(settings, "expand", 2),
+    dt_rank=None if rank == "auto" else whole_number(settings, "dt_rank"),
     dtype=dtype,
   )
+  return native_model(fields, mixer)
 
 
 def _native_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
   del dtype
   _check_savable(config)
   mixer: Any = config.mixers[0]
-  if config.norm_epsilon != 1e-5:
+  if mixer.norm_epsilon is not None:
     raise NotImplementedError(
-      f"save_pretrained: norm_epsilon is {config.norm_epsilon}, and the native"
-      " format has no field for it: its readers take 1e-5. Use format='hf'."
+      "save_pretrained: the native format has no norms of B, C and Δ"
+      f" (norm_epsilon={mixer.norm_epsilon}). Use format='hf'."
     )
-  # No more than every version of the package reads: it refuses the rest.
-  return {
-    "d_model": config.d_model,
-    "n_layer": config.n_layers,
-    "vocab_size": config.vocab_size,
-    "ssm_cfg": {
-      "d_state": mixer.d_state,
-      "d_conv": mixer.d_conv,
-      "expand": mixer.expand,
-      "dt_rank": _rank(config),
-    },
-    "rms_norm": True,
-    "residual_in_fp32": True,
-    "fused_add_norm": True,
-    # The rows that the table has are all that there are.
-    "pad_vocab_size_multiple": 1,
+  settings = {
+    "d_state": mixer.d_state,
+    "d_conv": mixer.d_conv,
+    "expand": mixer.expand,
+    "dt_rank": _rank(config),
   }
+  return native_fields(config, settings)
 
 
 def _hf_config(fields, dtype) -> ModelConfig:
-  if fields.get("hidden_act", "silu") not in ("silu", "swish"):
-    raise lacking(
-      f"hidden_act is {fields['hidden_act']!r}", "activations other than silu"
-    )
-  if fields.get("use_bias", False):
-    raise lacking("use_bias is true", "biases of in_proj and out_proj")
+  check_hf(fields)
   # Older files also have d_model and n_layer, which may be stale.
   d_model = whole_number(fields, "hidden_size")
   inner = d_model * whole_number(fields, "expand", 2)
@@ -102,9 +82,7 @@ def _hf_config(fields, dtype) -> ModelConfig:
       f"inner width that is no multiple of hidden_size={d_model}",
     )
   rank = fields.get("time_step_rank", "auto")
-  epsilon = fields.get("layer_norm_epsilon", 1e-5)
-  if type(epsilon) not in (int, float) or epsilon < 0:
-    raise refusal("layer_norm_epsilon", epsilon, "a number, 0 or more")
+  falcon = fields["model_type"] == "falcon_mamba"
   return ModelConfig(
     vocab_size=whole_number(fields, "vocab_size"),
     d_model=d_model,
@@ -117,10 +95,14 @@ def _hf_config(fields, dtype) -> ModelConfig:
         dt_rank=None
         if rank == "auto"
         else whole_number(fields, "time_step_rank"),
+        norm_epsilon=positive_number(fields, "mixer_rms_eps", 1e-6)
+        if falcon
+        else None,
         dtype=dtype,
       ),
     ),
-    norm_epsilon=float(epsilon),
+    norm_epsilon=positive_number(fields, "layer_norm_epsilon", 1e-5),
+    tie_embeddings=flag(fields, "tie_word_embeddings", True),
     dtype=dtype,
   )
 
@@ -128,9 +110,17 @@ def _hf_config(fields, dtype) -> ModelConfig:
 def _hf_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
   _check_savable(config)
   mixer: Any = config.mixers[0]
-  return {
+  kind = {
     "architectures": ["MambaForCausalLM"],
     "model_type": "mamba",
+  }
+  if mixer.norm_epsilon is not None:
+    kind = {
+      "architectures": ["FalconMambaForCausalLM"],
+      "model_type": "falcon_mamba",
+      "mixer_rms_eps": mixer.norm_epsilon,
+    }
+  return kind | {
     "vocab_size": config.vocab_size,
     "hidden_size": config.d_model,
     "intermediate_size": mixer.expand * config.d_model,
@@ -146,80 +136,145 @@ def _hf_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
     "use_bias": False,
     "use_conv_bias": True,
     "residual_in_fp32": True,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": config.tie_embeddings,
     # What versions before 5 call it, too.
     "torch_dtype": dtype,
   }
 
 
-def _no_falcon(fields, dtype) -> ModelConfig:
-  del fields, dtype
-  raise NotImplementedError(
-    "load_pretrained: config.json is of a FalconMamba, and Mamba here has no"
-    " RMS norms of B, C and Δ (mixer_rms_eps) between x_proj and dt_proj."
-    " Without them the weights would give other outputs than the published"
-    " ones, so they are not loaded."
+def _check_savable(config: ModelConfig) -> None:
+  sizes = ("d_state", "d_conv", "expand", "dt_rank", "norm_epsilon")
+  check_savable(config, MambaConfig, "Mamba", sizes)
+
+
+def native_settings(fields: dict[str, Any]) -> dict[str, Any]:
+  """Check what the package's models have in common; give `ssm_cfg`."""
+  refuse_unknown(fields, _NATIVE_FIELDS)
+  settings = fields.get("ssm_cfg") or {}
+  if not isinstance(settings, dict):
+    raise refusal("ssm_cfg", settings, "an object")
+  if not flag(fields, "rms_norm", True):
+    raise lacking("rms_norm is false", "blocks with LayerNorm")
+  if flag(settings, "bias", False):
+    raise lacking("ssm_cfg.bias is true", "biases of in_proj and out_proj")
+  if fields.get("attn_layer_idx"):
+    raise lacking("attn_layer_idx is not empty", "attention in this format")
+  if fields.get("d_intermediate", 0):
+    raise lacking("d_intermediate is not 0", "a gated MLP in each block")
+  return settings
+
+
+def native_model(fields: dict[str, Any], mixer) -> ModelConfig:
+  """Make the configuration of the package's model of such a mixer."""
+  multiple = whole_number(fields, "pad_vocab_size_multiple", 8)
+  vocabulary = whole_number(fields, "vocab_size")
+  return ModelConfig(
+    vocab_size=math.ceil(vocabulary / multiple) * multiple,
+    d_model=whole_number(fields, "d_model"),
+    n_layers=whole_number(fields, "n_layer"),
+    mixers=(mixer,),
+    tie_embeddings=flag(fields, "tie_embeddings", True),
+    dtype=mixer.dtype,
   )
 
 
-def _check_savable(config: ModelConfig) -> None:
-  """Raise NotImplementedError for what Mamba's formats have no words for."""
+def native_fields(config: ModelConfig, settings) -> dict[str, Any]:
+  """Write the package's fields of a model whose `ssm_cfg` is given."""
+  if config.norm_epsilon != 1e-5:
+    raise NotImplementedError(
+      f"save_pretrained: norm_epsilon is {config.norm_epsilon}, and the native"
+      " format has no field for it: its readers take 1e-5. Use format='hf'."
+    )
+  # No more than every version of the package reads: it refuses the rest.
+  fields = {
+    "d_model": config.d_model,
+    "n_layer": config.n_layers,
+    "vocab_size": config.vocab_size,
+    "ssm_cfg": settings,
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    # The rows that the table has are all that there are.
+    "pad_vocab_size_multiple": 1,
+  }
+  return fields if config.tie_embeddings else fields | {"tie_embeddings": False}
+
+
+def check_hf(fields: dict[str, Any]) -> None:
+  """Refuse what no Mamba of transformers is read with."""
+  if fields.get("hidden_act", "silu") not in ("silu", "swish"):
+    raise lacking(
+      f"hidden_act is {fields['hidden_act']!r}", "activations other than silu"
+    )
+  if flag(fields, "use_bias", False):
+    raise lacking("use_bias is true", "biases of in_proj and out_proj")
+
+
+def check_savable(
+  config: ModelConfig, kind: type, name: str, sizes: tuple[str, ...]
+) -> None:
+  """Raise NotImplementedError for what a kind's formats have no words for."""
   reasons = []
   for mixer in dict.fromkeys(config.mixers):
-    if not isinstance(mixer, MambaConfig):
+    held = getattr(mixer, "polarization", None)
+    if not isinstance(mixer, kind):
       reasons.append(f"a mixer of {type(mixer).__name__}")
-    elif mixer.polarization and (
-      mixer.polarization.ones or mixer.polarization.zeros
-    ):
-      reasons.append(
-        f"channels whose decay is not learned: {mixer.polarization}"
-      )
-  sizes = {
-    (mixer.d_state, mixer.d_conv, mixer.expand, mixer.dt_rank)
+    elif held and (held.ones or held.zeros):
+      reasons.append(f"decays that are not learned: {held}")
+  found = {
+    tuple(getattr(mixer, size) for size in sizes)
     for mixer in config.mixers
-    if isinstance(mixer, MambaConfig)
+    if isinstance(mixer, kind)
   }
-  if len(sizes) > 1:
+  if len(found) > 1:
     reasons.append("layers of different sizes")
-  reasons += beyond(config)
+  reasons += beyond(config, "tie_embeddings")
   if reasons:
     raise NotImplementedError(
-      "save_pretrained: the published formats of Mamba cannot hold "
+      f"save_pretrained: the published formats of {name} cannot hold "
       + "; ".join(reasons)
       + ". Keep such a model as a checkpoint of ssmjax.training."
     )
 
 
-def _table(embedding: tuple[str, ...]):
-  """Mamba's tensors, whose embedding has these names."""
-  mixer = "backbone.layers.{}.mixer."
+def model_tensors(
+  embedding: tuple[str, ...], layer_tensors, prefix: str = ""
+) -> dict[str, Any]:
+  """The tables of a format whose mixers have these tensors.
+
+  Args:
+    embedding: its names there.
+    layer_tensors: ours, theirs, layout, wide and default of each.
+    prefix: of every name.
+  """
+  layer = prefix + "backbone.layers.{}."
+  name = (f"{prefix}backbone.norm_f.weight",)
   return {
     "tensors": (
       Tensor("embedding", embedding, SAME, wide=True),
-      Tensor("norm.scale", ("backbone.norm_f.weight",), SAME, wide=True),
+      Tensor("norm.scale", name, SAME, wide=True),
     ),
     "layer_tensors": (
-      Tensor(
-        "norm.scale", ("backbone.layers.{}.norm.weight",), SAME, wide=True
-      ),
+      Tensor("norm.scale", (f"{layer}norm.weight",), SAME, wide=True),
       *(
-        Tensor(f"mixer.{ours}", (mixer + theirs,), layout, wide, default)
-        for ours, theirs, layout, wide, default in (
-          ("in_proj", "in_proj.weight", LINEAR, False, None),
-          ("conv_weight", "conv1d.weight", DEPTHWISE, True, None),
-          ("conv_bias", "conv1d.bias", SAME, True, 0.0),
-          ("x_proj", "x_proj.weight", LINEAR, False, None),
-          ("dt_proj", "dt_proj.weight", LINEAR, False, None),
-          ("dt_bias", "dt_proj.bias", SAME, True, None),
-          ("A_log", "A_log", SAME, True, None),
-          ("D", "D", SAME, True, None),
-          ("out_proj", "out_proj.weight", LINEAR, False, None),
-        )
+        Tensor(f"mixer.{ours}", (f"{layer}mixer.{theirs}",), *how)
+        for ours, theirs, *how in layer_tensors
       ),
     ),
   }
 
 
+_LAYER_TENSORS = (
+  ("in_proj", "in_proj.weight", LINEAR, False, None),
+  ("conv_weight", "conv1d.weight", DEPTHWISE, True, None),
+  ("conv_bias", "conv1d.bias", SAME, True, 0.0),
+  ("x_proj", "x_proj.weight", LINEAR, False, None),
+  ("dt_proj", "dt_proj.weight", LINEAR, False, None),
+  ("dt_bias", "dt_proj.bias", SAME, True, None),
+  ("A_log", "A_log", SAME, True, None),
+  ("D", "D", SAME, True, None),
+  ("out_proj", "out_proj.weight", LINEAR, False, None),
+)
 _NATIVE_LAYER_FIELDS = {
   *("layer", "d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias"),
   # Of initial values and of how it is computed.
@@ -230,7 +285,7 @@ _NATIVE_FIELDS = {
   *("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"),
   *("ssm_cfg", "rms_norm", "d_intermediate", "attn_layer_idx"),
   # The residual is float32 here, attention is refused by its layers' numbers,
-  # the head by its values, and the rest is about no number.
+  # and the rest is about no number.
   *("residual_in_fp32", "attn_cfg", "tie_embeddings", "fused_add_norm"),
   *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
 }
@@ -243,22 +298,19 @@ def _no_bias(field: str, settings: Callable[[dict], dict]):
   )
 
 
+def _epsilon(config: ModelConfig) -> float | None:
+  mixer: Any = config.mixers[0]
+  return mixer.norm_epsilon
+
+
 def _rank(config: ModelConfig) -> int:
   mixer: Any = config.mixers[0]
   return mixer.dt_rank or math.ceil(config.d_model / 16)
 
 
-def _refuse_unknown(fields, known, where):
-  unknown = sorted(set(fields) - known)
-  if unknown:
-    raise NotImplementedError(
-      f"load_pretrained: config.json has {where}{unknown[0]}, which is no field"
-      " of a Mamba that is known here; it may say something about the model"
-      " that would be lost."
-    )
-
-
-_EMBEDDING = "backbone.embedding.weight"
+EMBEDDING = "backbone.embedding.weight"
+# transformers itself reads both.
+HF_EMBEDDING = ("backbone.embeddings.weight", EMBEDDING)
 FORMATS = (
   Format(
     name="native",
@@ -268,8 +320,7 @@ FORMATS = (
     mixer=MambaConfig,
     write_config=_native_fields,
     absent=_no_bias("conv_bias", lambda fields: fields.get("ssm_cfg") or {}),
-    tied=lambda fields: fields.get("tie_embeddings", True),
-    **_table((_EMBEDDING,)),
+    **model_tensors((EMBEDDING,), _LAYER_TENSORS),
   ),
   Format(
     name="hf",
@@ -279,14 +330,18 @@ FORMATS = (
     mixer=MambaConfig,
     write_config=_hf_fields,
     absent=_no_bias("use_conv_bias", lambda fields: fields),
-    tied=lambda fields: fields.get("tie_word_embeddings", True),
-    # transformers itself reads both.
-    **_table(("backbone.embeddings.weight", _EMBEDDING)),
+    holds=lambda config: _epsilon(config) is None,
+    **model_tensors(HF_EMBEDDING, _LAYER_TENSORS),
   ),
   Format(
-    name="falcon_mamba",
+    name="hf",
     title="a FalconMambaForCausalLM of transformers",
     matches=lambda fields: fields.get("model_type") == "falcon_mamba",
-    read_config=_no_falcon,
+    read_config=_hf_config,
+    mixer=MambaConfig,
+    write_config=_hf_fields,
+    absent=_no_bias("use_conv_bias", lambda fields: fields),
+    holds=lambda config: _epsilon(config) is not None,
+    **model_tensors(HF_EMBEDDING, _LAYER_TENSORS),
   ),
 )

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ssmjax.interop.families import FORMATS
+from ssmjax.interop.formats import SAME, Tensor
 from ssmjax.interop.naming import layers, parameters
 from ssmjax.interop.tensor_files import TensorSpec, write_safetensors
 from ssmjax.models import LanguageModel
@@ -26,7 +27,7 @@ def save_pretrained(
   format: Literal["hf", "native"] = "hf",
   shard_size: int = 5 * 10**9,
 ) -> None:
-  """Save a Mamba as a folder that other libraries load.
+  """Save a model as a folder that other libraries load.
 
   The folder appears whole or not at all: it is written under another name
   beside its place, flushed to disk, and renamed. Tensors leave the devices one
@@ -34,8 +35,8 @@ def save_pretrained(
 
   Args:
     path: the folder to make; one that is there has to be empty.
-    model: of Mamba layers that are all alike.
-    format: `"hf"`, which `transformers.MambaForCausalLM.from_pretrained`
+    model: of Mamba (FalconMamba) or Mamba-2 layers that are all alike.
+    format: `"hf"`, which `transformers.AutoModelForCausalLM.from_pretrained`
       loads; `"native"`, the names and the configuration of the mamba_ssm
       package, whose `MambaLMHeadModel` takes the file by
       `safetensors.torch.load_model`.
@@ -61,7 +62,7 @@ def save_pretrained(
     )
   chosen = _chosen(model.config, format)
   config = chosen.write_config(model.config, _dtype(model))
-  specs = _specs(chosen, model)
+  specs = _specs(chosen, model, chosen.absent(config))
   folder.parent.mkdir(parents=True, exist_ok=True)
   half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
   half.mkdir()
@@ -80,7 +81,7 @@ def _chosen(config, name):
   """The format of this name that holds layers of this kind."""
   kind = type(config.mixers[0])
   for format in FORMATS:
-    if format.name == name and format.mixer is kind:
+    if format.name == name and format.mixer is kind and format.holds(config):
       return format
   raise NotImplementedError(
     f"save_pretrained: no published format is known for a model whose first"
@@ -89,7 +90,7 @@ def _chosen(config, name):
   )
 
 
-def _specs(format, model) -> dict[str, TensorSpec]:
+def _specs(format, model, absent) -> dict[str, TensorSpec]:
   """What is to be written, by name."""
   arrays = parameters(model)
   for name, array in arrays.items():
@@ -105,8 +106,13 @@ def _specs(format, model) -> dict[str, TensorSpec]:
     specs[entry.names[0]] = _spec(entry, arrays[entry.parameter], None)
   for number, position, repeat in layers(model):
     for entry in format.layer_tensors:
+      if entry.parameter in absent:
+        continue
       array = arrays[f"blocks.{position}.{entry.parameter}"]
       specs[entry.names[0].format(number)] = _spec(entry, array, repeat)
+  if not model.config.tie_embeddings:
+    entry = Tensor("head", (format.head,), SAME)
+    specs[format.head] = _spec(entry, arrays["head"], None)
   return specs
 
 
