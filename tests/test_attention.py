@@ -160,6 +160,83 @@ def test_attentions_gradient_keeps_no_square_of_scores():
   assert compiled.memory_analysis().temp_size_in_bytes < 0.75 * square
 
 
+@functools.cache
+def grouped(**fields):
+  """Heads of another width than the model's, two for each head of keys."""
+  config = AttentionConfig(
+    4, num_kv_heads=2, head_dim=6, rotary_fraction=0.7, bias=True,
+    out_bias=True, max_length=512, **fields,
+  )  # fmt: skip
+
+  def build(key):
+    model = Attention(WIDTH, config, rngs=nnx.Rngs(key))
+    bias = 0.5 + jnp.arange(model.in_bias.size) / model.in_bias.size
+    model.in_bias = nnx.Param(bias)
+    model.out_bias = nnx.Param(jnp.arange(WIDTH, dtype=jnp.float32))
+    return model
+
+  return quick_jit(build)(jax.random.key(2))
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_grouped_heads_turned_in_part_equal_the_softmax_written_out(window):
+  x, segment_ids = inputs()
+  y, state = run(grouped(window=window), x, None, segment_ids)
+  assert state.keys.shape[2:] == (2, 6)
+  for row, tokens in [
+    (0, slice(None)), (1, slice(90)), (1, slice(100, None))
+  ]:  # fmt: skip
+    expected = grouped_written_out(grouped(), x[row, tokens], window)
+    assert_close(y[row, tokens], expected, jnp.float32)
+  assert not y[1, 90:100].any()
+
+
+def grouped_written_out(model, x, window):
+  """One document, `[T, M]`, head by head; four of six channels turn."""
+  weight = lambda param: np.asarray(param[...], np.float64)
+  x = np.asarray(x, np.float64) @ weight(model.in_proj) + weight(model.in_bias)
+  length = len(x)
+  heads = [x[:, 6 * i : 6 * i + 6] for i in range(8)]
+  turn = np.exp(
+    1j * np.outer(np.arange(length), 10_000.0 ** -np.array([0, 0.5]))
+  )
+
+  def turned(head):
+    pair = (head[:, :2] + 1j * head[:, 2:4]) * turn
+    return np.concatenate([pair.real, pair.imag, head[:, 4:]], 1)
+
+  seen = np.tri(length, dtype=bool)
+  if window is not None:
+    seen &= ~np.tri(length, k=-window, dtype=bool)
+  ys = []
+  for head in range(4):
+    q, k = turned(heads[head]), turned(heads[4 + head // 2])
+    scores = np.where(seen, q @ k.T / np.sqrt(6), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    ys.append(weights / weights.sum(-1, keepdims=True) @ heads[6 + head // 2])
+  return np.concatenate(ys, 1) @ weight(model.out_proj) + weight(model.out_bias)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_on_explicit_shardings_has_the_whole_gradient(window):
+  x = inputs()[0][:, :6]
+  model = grouped(window=window)
+
+  @quick_jit
+  def gradient(model, x):
+    loss = lambda model, x: jnp.square(model(x)[0]).mean()
+    return jax.grad(loss, (0, 1))(model, x)
+
+  wanted = gradient(model, x)
+  mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Explicit,))
+  put = lambda x, *axes: jax.device_put(
+    x, jax.NamedSharding(mesh, jax.P(*axes))
+  )
+  with jax.set_mesh(mesh):
+    found = gradient(jax.tree.map(put, model), put(x, "data"))
+  assert_close(jax.device_get(found), jax.device_get(wanted))
+
+
 @pytest.mark.parametrize(
   ("build", "message"),
   [
@@ -167,12 +244,20 @@ def test_attentions_gradient_keeps_no_square_of_scores():
     (lambda: AttentionConfig(window=0), "window is 0, expected 1 or more"),
     (lambda: AttentionConfig(positions="sin"), "positions is 'sin', expected"),
     (
+      lambda: AttentionConfig(4, num_kv_heads=3),
+      "num_heads is 4, expected a multiple of num_kv_heads=3",
+    ),
+    (
+      lambda: AttentionConfig(rotary_fraction=0.0),
+      "rotary_fraction is 0.0, expected above 0",
+    ),
+    (
       lambda: Attention(8, AttentionConfig(3), rngs=nnx.Rngs(0)),
       "d_model is 8, expected a multiple of num_heads=3",
     ),
     (
       lambda: Attention(6, AttentionConfig(2), rngs=nnx.Rngs(0)),
-      "heads have 3 channels, expected an even number to rotate",
+      "heads have 3 channels to rotate, expected an even number",
     ),
   ],
 )

@@ -34,6 +34,9 @@ REPLACED = Polarization(ones=1, zeros=1, placement="replace")
 MAMBA = functools.partial(MambaConfig, d_state=4)
 MAMBA2 = functools.partial(Mamba2Config, d_state=4, head_dim=2)
 ATTENTION = functools.partial(AttentionConfig, num_heads=2, max_length=12)
+GROUPED = functools.partial(
+  ATTENTION, num_kv_heads=1, rotary_fraction=0.5, bias=True, out_bias=True
+)
 RGLRU = functools.partial(RGLRUConfig, num_blocks=2)
 LM = functools.partial(ModelConfig, 16, 8, 2)
 
@@ -48,6 +51,7 @@ MODELS = {
   "attention": ATTENTION(),
   "attention_bf16": ATTENTION(dtype=jnp.bfloat16),
   "attention_window": ATTENTION(window=3, max_length=2),
+  "attention_grouped": GROUPED(window=3, head_dim=8, dtype=jnp.bfloat16),
   "rglru": RGLRU(width=12, init="authors"),
   "rglru_both": RGLRU(polarization=BOTH),
   "rglru_bf16": RGLRU(polarization=REPLACED, dtype=jnp.bfloat16),
@@ -60,6 +64,18 @@ MODELS = {
   "rwkv_channel_mix_bf16": RWKVChannelMixConfig(dtype=jnp.bfloat16),
   "lm_mamba": LM(mixers=(MAMBA(),), final_norm="layer", init="authors"),
   "lm_attention": LM(mixers=(ATTENTION(),), mlp_ratio=2),
+  "lm_options": LM(
+    mixers=(GROUPED(),),
+    tie_embeddings=False,
+    block_norm="layer",
+    embedding_norm=True,
+    embedding_scale=1.5,
+    logit_softcap=2.0,
+    mlp="geglu",
+    mlp_width=5,
+    mlp_bias=True,
+    parallel_residual=True,
+  ),
   "lm_hybrid": LM(
     mixers=(MAMBA(polarization=BOTH), ATTENTION(positions="none")),
     mlp_ratio=2,
@@ -77,7 +93,7 @@ MODELS = {
 # What the rest of the table covers, put together in another way.
 NIGHTLY = {
   *("mamba", "mamba_replaced", "mamba_authors", "attention_bf16"),
-  *("mamba2_bf16",),
+  *("mamba2_bf16", "attention_grouped"),
   *("rglru", "rglru_bf16", "mingru", "mingru_bf16"),
   *("rwkv4_bf16", "rwkv_channel_mix_bf16"),
   *("lm_mamba", "lm_attention", "lm_griffin", "lm_min_rnn", "lm_bf16"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ssmjax.models.layers import dense, normal, torch_uniform
+from ssmjax.models.layers import affine, check_sizes, normal, torch_uniform
 from ssmjax.models.softmax import attend, attend_window
 from ssmjax.ops.segments import segment_masks
 from ssmjax.types import (
@@ -28,15 +28,16 @@ class AttentionState(NamedTuple):
   """Keys and values of the tokens of the present segment.
 
   Attributes:
-    keys: `[B, S, H, K]`, S the capacity, in the compute dtype. With a window,
-      S is the window and the slots are a ring: token n is in slot n mod S.
-    values: `[B, S, H, K]`.
+    keys: `[B, S, G, K]`, S the capacity, G heads of keys and values, in the
+      compute dtype. With a window, S is the window and the slots are a ring:
+      token n is in slot n mod S.
+    values: `[B, S, G, K]`.
     length: tokens of the segment so far, `[B]` int32; with a window it goes
       on past S.
   """
 
-  keys: Float[Array, "B S H K"]
-  values: Float[Array, "B S H K"]
+  keys: Float[Array, "B S G K"]
+  values: Float[Array, "B S G K"]
   length: Int[Array, " B"]
 
 
@@ -45,7 +46,7 @@ class AttentionConfig:
   """Sizes and choices of an `Attention` mixer.
 
   Attributes:
-    num_heads: H; the width must be a multiple of it.
+    num_heads: H; the width must be a multiple of it, or head_dim be given.
     positions: `"rope"` rotates queries and keys (Su et al. 2021, arXiv
       2104.09864); `"none"` leaves positions to the model (learned ones are
       added to the embedding, see `ModelConfig.max_positions`).
@@ -56,6 +57,18 @@ class AttentionConfig:
       holds that many tokens, and a sequence may be of any length.
     init: as in `MambaConfig`.
     dtype: dtype of activations; parameters are float32.
+    num_kv_heads: G, heads of keys and values, each for H/G heads of queries
+      (Ainslie et al. 2023, arXiv 2305.13245); None for H.
+    head_dim: K, channels of a head; None for d_model / H.
+    rotary_fraction: the part of a head's channels, its first ones, that
+      `"rope"` rotates; the others carry no position.
+    bias: biases of queries, keys and values.
+    out_bias: a bias of the output.
+
+  Pythia's layer is `AttentionConfig(H, rotary_fraction=0.25, bias=True,
+  out_bias=True)` in a model with a parallel residual, LayerNorm and
+  `mlp="gelu_exact"`; Mistral's `AttentionConfig(32, num_kv_heads=8,
+  window=4096)` in one with `mlp="swiglu"`.
   """
 
   op: ClassVar[str | None] = None
@@ -68,17 +81,33 @@ class AttentionConfig:
   window: int | None = None
   init: Literal["mamba", "authors"] = "mamba"
   dtype: Any = jnp.float32
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  rotary_fraction: float = 1.0
+  bias: bool = False
+  out_bias: bool = False
 
   def __post_init__(self):
     choice = functools.partial(check_choice, "AttentionConfig")
     choice("positions", self.positions, ("rope", "none"))
     choice("init", self.init, ("mamba", "authors"))
-    for name in ("num_heads", "max_length", "window"):
-      size = getattr(self, name)
-      if size is not None and size < 1:
-        raise ValueError(
-          f"AttentionConfig: {name} is {size}, expected 1 or more."
-        )
+    check_sizes(self, {"num_heads": 1, "max_length": 1, "window": 1})
+    check_sizes(self, {"num_kv_heads": 1, "head_dim": 1})
+    if self.num_heads % self.kv_heads:
+      raise ValueError(
+        f"AttentionConfig: num_heads is {self.num_heads}, expected a multiple"
+        f" of num_kv_heads={self.num_kv_heads}."
+      )
+    if not 0 < self.rotary_fraction <= 1:
+      raise ValueError(
+        f"AttentionConfig: rotary_fraction is {self.rotary_fraction}, expected"
+        " above 0 and at most 1. For no positions, use positions='none'."
+      )
+
+  @property
+  def kv_heads(self) -> int:
+    """Heads of keys and values."""
+    return self.num_kv_heads or self.num_heads
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "Attention":
     """Make the mixer for a model of this width and depth."""
@@ -90,8 +119,9 @@ class Attention(nnx.Module):
 
   yₜ = W_out Σ_{s ≤ t} softmax_s(qₜ · k_s / √K) v_s
 
-  A token attends to its own segment only, and with a window to t - s < window:
-  there time and memory of a long sequence grow with T·window.
+  H heads of queries share G of keys and values. A token attends to its own
+  segment only, and with a window to t - s < window: there time and memory of a
+  long sequence grow with T·window.
 
   Source: Vaswani et al. 2017 (arXiv 1706.03762); windows, Beltagy et al. 2020
   (arXiv 2004.05150).
@@ -106,15 +136,17 @@ class Attention(nnx.Module):
     rngs: nnx.Rngs,
   ):
     config = config or AttentionConfig()
-    if d_model % config.num_heads:
+    if config.head_dim is None and d_model % config.num_heads:
       raise ValueError(
         f"Attention: d_model is {d_model}, expected a multiple of"
-        f" num_heads={config.num_heads}."
+        f" num_heads={config.num_heads}, or give head_dim."
       )
-    if config.positions == "rope" and d_model // config.num_heads % 2:
+    self.head_dim = config.head_dim or d_model // config.num_heads
+    self.rotary = int(self.head_dim * config.rotary_fraction)
+    if config.positions == "rope" and (self.rotary % 2 or not self.rotary):
       raise ValueError(
-        f"Attention: heads have {d_model // config.num_heads} channels,"
-        " expected an even number to rotate. Use positions='none' or other"
+        f"Attention: heads have {self.rotary} channels to rotate,"
+        " expected an even number, 2 or more. Use positions='none' or other"
         " sizes."
       )
     self.config = config
@@ -122,10 +154,15 @@ class Attention(nnx.Module):
     keys = jax.random.split(rngs.params(), 2)
     own = config.init == "mamba"
     draw = functools.partial(torch_uniform, fan_in=d_model) if own else normal
-    self.in_proj = nnx.Param(draw(keys[0], (d_model, 3 * d_model)))
+    inner = config.num_heads * self.head_dim
+    wide = inner + 2 * config.kv_heads * self.head_dim
+    self.in_proj = nnx.Param(draw(keys[0], (d_model, wide)))
     self.out_proj = nnx.Param(
-      draw(keys[1], (d_model, d_model)) / math.sqrt(2 * n_layers)
+      draw(keys[1], (inner, d_model)) / math.sqrt(2 * n_layers)
     )
+    zeros = lambda n, there: nnx.Param(jnp.zeros(n)) if there else None
+    self.in_bias = zeros(wide, config.bias)
+    self.out_bias = zeros(d_model, config.out_bias)
 
   def __call__(
     self,
@@ -169,7 +206,7 @@ class Attention(nnx.Module):
       )
     padded = segment_ids is not None and length > 1
     if segment_ids is None:
-      segment_ids = jnp.ones((batch, length), jnp.int32)
+      segment_ids = jnp.ones_like(x[..., 0], jnp.int32)
     valid = segment_ids > 0
     x_dtype = x.dtype
     segment, position = token_positions(segment_ids, state.length)
@@ -187,8 +224,8 @@ class Attention(nnx.Module):
     else:
       y = attend_window(q, k, v, segment, valid, old, window, padded)
     state = _append(state, k, v, segment, position, valid, window)
-    y = y.reshape(batch, length, self.d_model)
-    y = dense(y, self.out_proj[...]).astype(x_dtype)
+    y = y.reshape(batch, length, -1)
+    y = _affine(y, self.out_proj, self.out_bias).astype(x_dtype)
     y = jnp.where(full[..., None], jnp.asarray(jnp.nan, y.dtype), y)
     return jnp.where(valid[..., None], y, jnp.zeros_like(y)), state
 
@@ -212,12 +249,11 @@ class Attention(nnx.Module):
     self, batch_size: int, max_length: int | None = None
   ) -> AttentionState:
     """An empty state with room for `max_length` tokens, or for a window."""
-    heads = self.config.num_heads
     shape = (
       batch_size,
       self.config.window or max_length or self.config.max_length,
-      heads,
-      self.d_model // heads,
+      self.config.kv_heads,
+      self.head_dim,
     )
     zeros = jnp.zeros(shape, self.config.dtype)
     return AttentionState(zeros, zeros, jnp.zeros((batch_size,), jnp.int32))
@@ -231,13 +267,16 @@ class Attention(nnx.Module):
 
   def _project(self, x, position):
     x = x.astype(self.config.dtype)
-    heads = self.config.num_heads
-    qkv = dense(x, self.in_proj[...])
-    qkv = qkv.reshape(*x.shape[:2], 3, heads, self.d_model // heads)
-    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    heads, kv_heads = self.config.num_heads, self.config.kv_heads
+    qkv = _affine(x, self.in_proj, self.in_bias)
+    qkv = qkv.reshape(*x.shape[:2], heads + 2 * kv_heads, self.head_dim)
+    q, k, v = jnp.split(qkv, (heads, heads + kv_heads), 2)
     if self.config.positions == "rope":
       rotate = functools.partial(
-        _rotate, position=position, theta=self.config.rope_theta
+        _rotate,
+        position=position,
+        theta=self.config.rope_theta,
+        channels=self.rotary,
       )
       q, k = rotate(q), rotate(k)
     return q, k, v
@@ -279,18 +318,32 @@ def _append(state, k, v, segment, position, valid, window):
   slot = jnp.where(kept, slot, state.keys.shape[1])
   rows = jnp.arange(k.shape[0])[:, None]
   write = lambda old, new: old.at[rows, slot].set(
-    new.astype(old.dtype), mode="drop"
+    new.astype(old.dtype), mode="drop", out_sharding=_explicit(old)
   )
   return AttentionState(write(state.keys, k), write(state.values, v), length)
 
 
-def _rotate(x, position, theta):
+def _explicit(x):
+  """Its sharding where shardings are in the types, which a scatter asks for."""
+  sharding = jax.typeof(x).sharding
+  return sharding if sharding.mesh.explicit_axes else None
+
+
+def _affine(x, weight, bias):
+  return affine(x, weight[...], None if bias is None else bias[...])
+
+
+def _rotate(x, position, theta, channels):
   """Rotary positions, halves paired as in GPT-NeoX; in float32."""
-  half = x.shape[-1] // 2
+  half = channels // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = position.astype(jnp.float32)[..., None, None] * frequency
   sin, cos = jnp.sin(angle), jnp.cos(angle)
-  left, right = jnp.split(x.astype(jnp.float32), 2, -1)
-  return jnp.concatenate(
+  wide = x[..., :channels].astype(jnp.float32)
+  left, right = jnp.split(wide, 2, -1)
+  rotated = jnp.concatenate(
     [left * cos - right * sin, right * cos + left * sin], -1
   ).astype(x.dtype)
+  if channels == x.shape[-1]:
+    return rotated
+  return jnp.concatenate([rotated, x[..., channels:]], -1)

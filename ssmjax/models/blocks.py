@@ -12,7 +12,7 @@ from ssmjax.models.config import MixerConfig, ModelConfig
 from ssmjax.models.layers import (
   LayerNorm,
   RMSNorm,
-  dense,
+  affine,
   linear_weight,
 )
 from ssmjax.types import Array, Float
@@ -174,8 +174,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def _affine(x, weight, bias):
-  y = dense(x, weight[...])
-  return y if bias is None else y + bias[...].astype(y.dtype)
+  return affine(x, weight[...], None if bias is None else bias[...])
 
 
 def _layers(apply, segment_ids, x, xs):

@@ -21,6 +21,7 @@ __all__ = [
   "LayerNorm",
   "RMSNorm",
   "ShortConv",
+  "affine",
   "check_exact",
   "check_mixer",
   "check_sizes",
@@ -194,6 +195,18 @@ def dense(
   """
   y = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)
   return y.reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def affine(
+  x: Float[Array, "... M"],
+  weight: Float[Array, "M K"],
+  bias: Float[Array, " K"] | None,
+) -> Float[Array, "... K"]:
+  """x @ weight + bias in x's dtype; the bias and its gradient in float32."""
+  y = dense(x, weight)
+  if bias is None:
+    return y
+  return (y.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 def normal(key, shape, deviation: float = 0.02) -> Array:

@@ -1,6 +1,7 @@
 """Causal softmax attention over keys at hand, in blocks of queries.
 
-Keys are `[B, S, H, K]`. A query sees valid keys of its own segment, not after
+Queries are `[B, T, H, K]`, keys `[B, S, G, K]`: head h of the queries looks at
+head ⌊h·G/H⌋ of the keys. A query sees valid keys of its own segment, not after
 it; those of an earlier call, `old`, belong to segment 0.
 """
 
@@ -22,11 +23,11 @@ def attend(q, k, v, segment, valid, old):
 
   Args:
     q: queries, `[B, T, H, K]`.
-    k: keys of the same tokens, `[B, T, H, K]`.
-    v: values of them, `[B, T, H, K]`.
+    k: keys of the same tokens, `[B, T, G, K]`.
+    v: values of them, `[B, T, G, K]`.
     segment: each token's segment, counted from 0, `[B, T]` int.
     valid: which tokens are no padding, `[B, T]` bool.
-    old: keys and values `[B, S, H, K]` of tokens 0 to length - 1 of segment 0,
+    old: keys and values `[B, S, G, K]` of tokens 0 to length - 1 of segment 0,
       and length `[B]`; None for none.
 
   Returns:
@@ -143,11 +144,13 @@ def _attend_block(q, segment, time, key_side, old):
 
 def _held(old, like, window):
   """The ring in the order of time: keys, values, segments and which are."""
-  batch = like.shape[0]
-  segment = jnp.zeros((batch, window), jnp.int32)
+  # Zeros made of what is there lie on the same devices.
+  repeat = lambda x: jnp.broadcast_to(x, (x.shape[0], window, *x.shape[2:]))
+  first = like[:, :1]
+  segment = repeat(jnp.zeros_like(first[..., 0, 0], jnp.int32))
   if old is None:
-    zeros = jnp.zeros((batch, window, *like.shape[2:]), like.dtype)
-    return zeros, zeros, segment, jnp.zeros((batch, window), jnp.bool_)
+    zeros = repeat(jnp.zeros_like(first))
+    return zeros, zeros, segment, segment > 0
   keys, values, length = old
   place = jnp.arange(window, dtype=jnp.int32)[None]
   slot = (length[:, None] + place) % window
@@ -162,16 +165,33 @@ def _permute(x, order):
 
 
 def _scores(q, k, mask: Bool[Array, "B Q S"]):
-  scores = jnp.einsum(
-    "bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32
-  )
+  heads = k.shape[2]
+  if q.shape[2] == heads:
+    scores = jnp.einsum(
+      "bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32
+    )
+  else:
+    # A head of keys serves the queries of a group.
+    scores = jnp.einsum(
+      "bqhgk,bshk->bhgqs", q.reshape(*q.shape[:2], heads, -1, q.shape[3]), k,
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    scores = scores.reshape(q.shape[0], q.shape[2], *scores.shape[3:])
   scores = scores / math.sqrt(q.shape[-1])
   # Finite, so that a padding query with no key at all is not a NaN.
   return jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
 
 
 def _mix(weights, v):
-  return jnp.einsum(
-    "bhqs,bshk->bqhk", weights.astype(v.dtype), v,
+  heads, width = v.shape[2:]
+  weights = weights.astype(v.dtype)
+  if weights.shape[1] == heads:
+    return jnp.einsum(
+      "bhqs,bshk->bqhk", weights, v, preferred_element_type=jnp.float32
+    ).astype(v.dtype)
+  batch, all_heads, length, keys = weights.shape
+  y = jnp.einsum(
+    "bhgqs,bshk->bqhgk", weights.reshape(batch, heads, -1, length, keys), v,
     preferred_element_type=jnp.float32,
   ).astype(v.dtype)  # fmt: skip
+  return y.reshape(batch, length, all_heads, width)
