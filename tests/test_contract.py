@@ -18,6 +18,7 @@ from flax import nnx
 from ssmjax.models import (
   AttentionConfig,
   LanguageModel,
+  LonghornConfig,
   Mamba2Config,
   MambaConfig,
   MinGRUConfig,
@@ -48,6 +49,8 @@ MODELS = {
   "mamba_bf16": MAMBA(polarization=BOTH, dtype=jnp.bfloat16),
   "mamba2_both": MAMBA2(n_groups=2, polarization=BOTH),
   "mamba2_bf16": MAMBA2(d_ssm=12, polarization=REPLACED, dtype=jnp.bfloat16),
+  "longhorn_both": LonghornConfig(d_state=4, polarization=BOTH),
+  "longhorn_bf16": LonghornConfig(d_state=4, dtype=jnp.bfloat16),
   "attention": ATTENTION(),
   "attention_bf16": ATTENTION(dtype=jnp.bfloat16),
   "attention_window": ATTENTION(window=3, max_length=2),
@@ -93,7 +96,7 @@ MODELS = {
 # What the rest of the table covers, put together in another way.
 NIGHTLY = {
   *("mamba", "mamba_replaced", "mamba_authors", "attention_bf16"),
-  *("mamba2_bf16", "attention_grouped"),
+  *("mamba2_bf16", "longhorn_bf16", "attention_grouped"),
   *("rglru", "rglru_bf16", "mingru", "mingru_bf16"),
   *("rwkv4_bf16", "rwkv_channel_mix_bf16"),
   *("lm_mamba", "lm_attention", "lm_griffin", "lm_min_rnn", "lm_bf16"),

@@ -12,6 +12,7 @@ from ssmjax.models.config_json import config_from_json, config_to_json
 from ssmjax.models.generate import generate, prefill
 from ssmjax.models.layers import LayerNorm, RMSNorm
 from ssmjax.models.lm import LanguageModel, ModelState
+from ssmjax.models.longhorn import Longhorn, LonghornConfig, LonghornState
 from ssmjax.models.losses import gather_labels, labelled_loss
 from ssmjax.models.mamba import Mamba, MambaConfig, MambaState
 from ssmjax.models.mamba2 import Mamba2, Mamba2Config, Mamba2State
@@ -34,6 +35,9 @@ __all__ = [
   "Block",
   "LanguageModel",
   "LayerNorm",
+  "Longhorn",
+  "LonghornConfig",
+  "LonghornState",
   "Mamba",
   "Mamba2",
   "Mamba2Config",

@@ -7,6 +7,7 @@ its polarization holds; None where there is none.
 
 from ssmjax.models.attention import AttentionConfig
 from ssmjax.models.channel_mix import RWKVChannelMixConfig
+from ssmjax.models.longhorn import LonghornConfig
 from ssmjax.models.mamba import MambaConfig
 from ssmjax.models.mamba2 import Mamba2Config
 from ssmjax.models.min_rnn import MinGRUConfig, MinLSTMConfig
@@ -18,6 +19,7 @@ __all__ = ["MIXERS"]
 MIXERS = {
   "mamba": MambaConfig,
   "mamba2": Mamba2Config,
+  "longhorn": LonghornConfig,
   "rglru": RGLRUConfig,
   "mingru": MinGRUConfig,
   "minlstm": MinLSTMConfig,
