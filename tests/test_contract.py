@@ -23,9 +23,12 @@ from ssmjax.models import (
   MambaConfig,
   MinGRUConfig,
   MinLSTMConfig,
+  MLSTMConfig,
   ModelConfig,
   RGLRUConfig,
   RWKV4Config,
+  RWKV5Config,
+  RWKV6Config,
   RWKVChannelMixConfig,
 )
 from ssmjax.types import Polarization
@@ -39,6 +42,7 @@ GROUPED = functools.partial(
   ATTENTION, num_kv_heads=1, rotary_fraction=0.5, bias=True, out_bias=True
 )
 RGLRU = functools.partial(RGLRUConfig, num_blocks=2)
+RWKV6 = functools.partial(RWKV6Config, 2, mix_rank=2, decay_rank=3)
 LM = functools.partial(ModelConfig, 16, 8, 2)
 
 MODELS = {
@@ -63,8 +67,14 @@ MODELS = {
   "minlstm_both": MinLSTMConfig(d_conv=4, polarization=BOTH),
   "rwkv4_both": RWKV4Config(polarization=BOTH),
   "rwkv4_bf16": RWKV4Config(dtype=jnp.bfloat16),
+  "rwkv5_both": RWKV5Config(2, polarization=BOTH, init="authors"),
+  "rwkv5_bf16": RWKV5Config(2, dtype=jnp.bfloat16),
+  "rwkv6_both": RWKV6(polarization=BOTH),
+  "rwkv6_bf16": RWKV6(dtype=jnp.bfloat16),
   "rwkv_channel_mix": RWKVChannelMixConfig(width=12, init="authors"),
   "rwkv_channel_mix_bf16": RWKVChannelMixConfig(dtype=jnp.bfloat16),
+  "mlstm_both": MLSTMConfig(2, value_width=4, polarization=BOTH),
+  "mlstm_bf16": MLSTMConfig(2, polarization=REPLACED, dtype=jnp.bfloat16),
   "lm_mamba": LM(mixers=(MAMBA(),), final_norm="layer", init="authors"),
   "lm_attention": LM(mixers=(ATTENTION(),), mlp_ratio=2),
   "lm_options": LM(
@@ -98,7 +108,13 @@ NIGHTLY = {
   *("mamba", "mamba_replaced", "mamba_authors", "attention_bf16"),
   *("mamba2_bf16", "longhorn_bf16", "attention_grouped"),
   *("rglru", "rglru_bf16", "mingru", "mingru_bf16"),
-  *("rwkv4_bf16", "rwkv_channel_mix_bf16"),
+  *(
+    "mlstm_bf16",
+    "rwkv4_bf16",
+    "rwkv5_bf16",
+    "rwkv6_bf16",
+    "rwkv_channel_mix_bf16",
+  ),
   *("lm_mamba", "lm_attention", "lm_griffin", "lm_min_rnn", "lm_bf16"),
 }
 # Mixers without a diagonal Eq. 1.

@@ -23,12 +23,23 @@ from ssmjax.models.min_rnn import (
   MinLSTMConfig,
   MinRNNState,
 )
+from ssmjax.models.mlstm import MLSTM, MLSTMConfig, MLSTMState
 from ssmjax.models.rglru import RGLRU, RGLRUConfig, RGLRUState
+from ssmjax.models.rwkv import (
+  RWKV5,
+  RWKV6,
+  RWKV5Config,
+  RWKV6Config,
+  RWKVState,
+)
 from ssmjax.models.rwkv4 import RWKV4, RWKV4Config, RWKV4State
 
 __all__ = [
+  "MLSTM",
   "RGLRU",
   "RWKV4",
+  "RWKV5",
+  "RWKV6",
   "Attention",
   "AttentionConfig",
   "AttentionState",
@@ -38,6 +49,8 @@ __all__ = [
   "Longhorn",
   "LonghornConfig",
   "LonghornState",
+  "MLSTMConfig",
+  "MLSTMState",
   "Mamba",
   "Mamba2",
   "Mamba2Config",
@@ -56,9 +69,12 @@ __all__ = [
   "RMSNorm",
   "RWKV4Config",
   "RWKV4State",
+  "RWKV5Config",
+  "RWKV6Config",
   "RWKVChannelMix",
   "RWKVChannelMixConfig",
   "RWKVChannelMixState",
+  "RWKVState",
   "config_from_json",
   "config_to_json",
   "gather_labels",

@@ -11,7 +11,9 @@ from ssmjax.models.longhorn import LonghornConfig
 from ssmjax.models.mamba import MambaConfig
 from ssmjax.models.mamba2 import Mamba2Config
 from ssmjax.models.min_rnn import MinGRUConfig, MinLSTMConfig
+from ssmjax.models.mlstm import MLSTMConfig
 from ssmjax.models.rglru import RGLRUConfig
+from ssmjax.models.rwkv import RWKV5Config, RWKV6Config
 from ssmjax.models.rwkv4 import RWKV4Config
 
 __all__ = ["MIXERS"]
@@ -24,6 +26,9 @@ MIXERS = {
   "mingru": MinGRUConfig,
   "minlstm": MinLSTMConfig,
   "rwkv4": RWKV4Config,
+  "rwkv5": RWKV5Config,
+  "rwkv6": RWKV6Config,
   "rwkv_channel_mix": RWKVChannelMixConfig,
+  "mlstm": MLSTMConfig,
   "attention": AttentionConfig,
 }
