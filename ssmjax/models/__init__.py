@@ -9,8 +9,21 @@ from ssmjax.models.channel_mix import (
 )
 from ssmjax.models.config import ModelConfig
 from ssmjax.models.config_json import config_from_json, config_to_json
+from ssmjax.models.gated_linear_attention import (
+  GLA,
+  HGRN2,
+  GLAConfig,
+  HGRN2Config,
+)
 from ssmjax.models.generate import generate, prefill
 from ssmjax.models.layers import LayerNorm, RMSNorm
+from ssmjax.models.linear_attention import (
+  LinearAttention,
+  LinearAttentionConfig,
+  LinearAttentionState,
+  RetNet,
+  RetNetConfig,
+)
 from ssmjax.models.lm import LanguageModel, ModelState
 from ssmjax.models.longhorn import Longhorn, LonghornConfig, LonghornState
 from ssmjax.models.losses import gather_labels, labelled_loss
@@ -35,6 +48,8 @@ from ssmjax.models.rwkv import (
 from ssmjax.models.rwkv4 import RWKV4, RWKV4Config, RWKV4State
 
 __all__ = [
+  "GLA",
+  "HGRN2",
   "MLSTM",
   "RGLRU",
   "RWKV4",
@@ -44,8 +59,13 @@ __all__ = [
   "AttentionConfig",
   "AttentionState",
   "Block",
+  "GLAConfig",
+  "HGRN2Config",
   "LanguageModel",
   "LayerNorm",
+  "LinearAttention",
+  "LinearAttentionConfig",
+  "LinearAttentionState",
   "Longhorn",
   "LonghornConfig",
   "LonghornState",
@@ -75,6 +95,8 @@ __all__ = [
   "RWKVChannelMixConfig",
   "RWKVChannelMixState",
   "RWKVState",
+  "RetNet",
+  "RetNetConfig",
   "config_from_json",
   "config_to_json",
   "gather_labels",

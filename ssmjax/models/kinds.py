@@ -7,6 +7,8 @@ its polarization holds; None where there is none.
 
 from ssmjax.models.attention import AttentionConfig
 from ssmjax.models.channel_mix import RWKVChannelMixConfig
+from ssmjax.models.gated_linear_attention import GLAConfig, HGRN2Config
+from ssmjax.models.linear_attention import LinearAttentionConfig, RetNetConfig
 from ssmjax.models.longhorn import LonghornConfig
 from ssmjax.models.mamba import MambaConfig
 from ssmjax.models.mamba2 import Mamba2Config
@@ -30,5 +32,9 @@ MIXERS = {
   "rwkv6": RWKV6Config,
   "rwkv_channel_mix": RWKVChannelMixConfig,
   "mlstm": MLSTMConfig,
+  "linear_attention": LinearAttentionConfig,
+  "retnet": RetNetConfig,
+  "gla": GLAConfig,
+  "hgrn2": HGRN2Config,
   "attention": AttentionConfig,
 }
