@@ -19,6 +19,11 @@ from ssmjax.ops.gla import (
 from ssmjax.ops.lti import bilinear, bilinear_dplr, zero_order_hold
 from ssmjax.ops.lti_hippo import hippo_legs, hippo_legs_dplr, hippo_legt
 from ssmjax.ops.lti_kernels import dss_kernel, s4_dplr_kernel, s4d_kernel
+from ssmjax.ops.lti_matrix import (
+  lti_matrix_scan,
+  lti_matrix_scan_reference,
+  lti_matrix_step,
+)
 from ssmjax.ops.lti_recurrence import lti_scan, lti_scan_reference, lti_step
 from ssmjax.ops.scan import linear_scan, linear_scan_reference, linear_step
 from ssmjax.ops.selective import (
@@ -48,6 +53,9 @@ __all__ = [
   "linear_scan",
   "linear_scan_reference",
   "linear_step",
+  "lti_matrix_scan",
+  "lti_matrix_scan_reference",
+  "lti_matrix_step",
   "lti_scan",
   "lti_scan_reference",
   "lti_step",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ssmjax.ops.lti_blocks import compacted, last_chunk, permute, taps
 from ssmjax.ops.lti_powers import integer_powers
 from ssmjax.ops.partition import divided
 from ssmjax.ops.scan import linear_scan
@@ -198,17 +199,11 @@ def _chunked(x, a, b, c, D, initial_state, segment_ids):
   segment = count = back = None
   tokens = x
   if valid is not None:
-    # Tokens first, padding behind them, so that powers of a count tokens.
-    order = jnp.argsort(~valid, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)
-    tokens = _permute(x, order)
-    starts = jnp.take_along_axis(restart, order, 1)
-    segment = jnp.cumsum(starts.astype(jnp.int32), 1)
-    count = valid.sum(1, dtype=jnp.int32)
+    tokens, segment, count, back = compacted(x, valid, restart)
   y, final = _chunks(tokens, a, b, c, state, segment, count)
   y = y[:, :length]
   if back is not None:
-    y = _permute(y, back)
+    y = permute(y, back)
   y = _without_padding(y + skip[None, None] * x, valid)
   return y.astype(y_dtype), final
 
@@ -248,55 +243,14 @@ def _chunks(x, a, b, c, state, segment, count):
   if segment is not None:
     y = jnp.where((ids == before[..., None])[..., None], y, 0)
   kernel = (c[..., None] * (b[..., None] * table).astype(c.dtype)).sum(1).real
-  y = y + _taps(blocks, kernel[:, :size], None if segment is None else ids)
+  y = y + taps(blocks, kernel[:, :size], None if segment is None else ids)
   y = y.reshape(rows, -1, channels)
   return y, _final(x, b, table, states, segment, count, size)
 
 
-def _taps(x, kernel, ids):
-  """Σⱼ kernelⱼ xₜ₋ⱼ within a chunk `[B, K, S, D]`, and within a segment."""
-  size = x.shape[2]
-  if ids is None:
-    lag = np.arange(size)[:, None] - np.arange(size)[None]
-    matrix = jnp.where(lag >= 0, kernel[:, np.maximum(lag, 0)], 0)
-    return _einsum("bksd,dts->bktd", x, matrix)
-  # A matrix of its own for each chunk would be D times as large as its ids.
-  zeros = ((0, 0), (0, 0), (size, 0))
-  before, ids_before = jnp.pad(x, (*zeros, (0, 0))), jnp.pad(ids, zeros)
-
-  @jax.checkpoint
-  def add(y, tap):
-    lag, weight = tap
-    slide = lambda x: lax.dynamic_slice_in_dim(x, size - lag, size, 2)
-    inside = jnp.arange(size, dtype=jnp.int32) >= lag
-    same = (slide(ids_before) == ids) & inside[None, None]
-    met = jnp.where(same[..., None], slide(before), 0)
-    return y + weight[None, None, None] * met, None
-
-  lags = jnp.arange(size, dtype=jnp.int32)
-  return lax.scan(add, jnp.zeros_like(x), (lags, kernel.T))[0]
-
-
 def _final(x, b, table, states, segment, count, size):
   """The state after the last token: the last chunk's, up to there."""
-  rows, length, _ = x.shape
-  if count is None:
-    count = jnp.full(rows, length, jnp.int32)
-  chunk = jnp.maximum(count - 1, 0) // size
-  inside = count - chunk * size
-  # The tokens of that chunk, the last first.
-  place = count[:, None] - 1 - jnp.arange(size, dtype=jnp.int32)[None]
-  row = jnp.arange(rows, dtype=jnp.int32)
-  at = (row[:, None], jnp.maximum(place, 0))
-  keep = place >= (chunk * size)[:, None]
-  state = states[row, chunk]
-  if segment is not None:
-    own = segment[row, jnp.maximum(count - 1, 0)]
-    keep &= segment[at] == own[:, None]
-    first = chunk * size - 1
-    before = jnp.where(first < 0, 0, segment[row, jnp.maximum(first, 0)])
-    state = jnp.where((before == own)[:, None, None], state, 0)
-  last = jnp.where(keep[..., None], x[at], 0)
+  state, last, inside = last_chunk(x, states, segment, count, size)
   decay = jnp.moveaxis(table, -1, 0)[inside]
   weights = b[..., None] * table[..., :size]
   return decay * state + _einsum("bsd,dns->bdn", last, weights)
@@ -316,14 +270,6 @@ def _einsum(spec, x, y):
 
 def _without_padding(x, valid):
   return x if valid is None else jnp.where(valid[..., None], x, 0)
-
-
-@functools.partial(jax.vmap, in_axes=(0, 0))
-def _permute(x, order):
-  """x[order], told that it is a permutation: its transpose is no sum."""
-  return x.at[order].get(
-    unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False
-  )
 
 
 def _initial(x, a, b, c, D, state):
