@@ -17,10 +17,13 @@ from flax import nnx
 
 from ssmjax.models import (
   AttentionConfig,
+  DSSConfig,
   GLAConfig,
+  H3Config,
   HGRN2Config,
   LanguageModel,
   LinearAttentionConfig,
+  LMUConfig,
   LonghornConfig,
   Mamba2Config,
   MambaConfig,
@@ -34,6 +37,8 @@ from ssmjax.models import (
   RWKV5Config,
   RWKV6Config,
   RWKVChannelMixConfig,
+  S4Config,
+  S4DConfig,
 )
 from ssmjax.types import Polarization
 
@@ -93,6 +98,22 @@ MODELS = {
   ),
   "hgrn2_both": HGRN2Config(2, lower_bound=0.25, polarization=BOTH),
   "hgrn2_bf16": HGRN2Config(2, polarization=REPLACED, dtype=jnp.bfloat16),
+  "s4": S4Config(3),
+  "s4_bf16": S4Config(2, "zoh", dtype=jnp.bfloat16),
+  "s4_convolution": S4Config(3, implementation="convolution", init="authors"),
+  "s4d_both": S4DConfig(3, "inv", polarization=BOTH),
+  "s4d_real": S4DConfig(3, "real", "bilinear", gate=False, init="authors"),
+  "s4d_bf16": S4DConfig(4, polarization=REPLACED, dtype=jnp.bfloat16),
+  "dss_both": DSSConfig(3, "softmax", 10, polarization=BOTH),
+  "dss_bf16": DSSConfig(3, gate=True, dtype=jnp.bfloat16),
+  "h3_both": H3Config(3, 2, polarization=BOTH),
+  "h3_bf16": H3Config(
+    2, d_conv=1, spectrum="real", init="authors", dtype=jnp.bfloat16
+  ),
+  "lmu": LMUConfig(4, 2, 5.0),
+  "lmu_bf16": LMUConfig(
+    3, 1, 6.0, "legs", "gelu", init="authors", dtype=jnp.bfloat16
+  ),
   "lm_mamba": LM(mixers=(MAMBA(),), final_norm="layer", init="authors"),
   "lm_attention": LM(mixers=(ATTENTION(),), mlp_ratio=2),
   "lm_options": LM(
@@ -135,11 +156,16 @@ NIGHTLY = {
   ),
   *("rwkv4_bf16", "rwkv_channel_mix_bf16"),
   *("linear_attention_bf16", "retnet_bf16", "gla_bf16", "hgrn2_bf16"),
+  *("h3_bf16", "lmu_bf16", "s4_bf16", "s4_convolution"),
+  *("s4d_real", "s4d_bf16", "dss_bf16"),
   *("lm_mamba", "lm_attention", "lm_griffin", "lm_min_rnn", "lm_bf16"),
 }
 # Mixers without a diagonal Eq. 1.
 NOT_EQ1 = (
   AttentionConfig,
+  H3Config,
+  LMUConfig,
+  S4Config,
   RWKVChannelMixConfig,
 )
 # Through these, transformations see every mixer and the model around it.

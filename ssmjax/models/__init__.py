@@ -16,6 +16,7 @@ from ssmjax.models.gated_linear_attention import (
   HGRN2Config,
 )
 from ssmjax.models.generate import generate, prefill
+from ssmjax.models.h3 import H3, H3Config, H3State
 from ssmjax.models.layers import LayerNorm, RMSNorm
 from ssmjax.models.linear_attention import (
   LinearAttention,
@@ -25,6 +26,7 @@ from ssmjax.models.linear_attention import (
   RetNetConfig,
 )
 from ssmjax.models.lm import LanguageModel, ModelState
+from ssmjax.models.lmu import LMU, LMUConfig, LMUState
 from ssmjax.models.longhorn import Longhorn, LonghornConfig, LonghornState
 from ssmjax.models.losses import gather_labels, labelled_loss
 from ssmjax.models.mamba import Mamba, MambaConfig, MambaState
@@ -46,21 +48,34 @@ from ssmjax.models.rwkv import (
   RWKVState,
 )
 from ssmjax.models.rwkv4 import RWKV4, RWKV4Config, RWKV4State
+from ssmjax.models.s4 import S4, S4Config
+from ssmjax.models.s4_block import S4State
+from ssmjax.models.s4d import DSS, S4D, DSSConfig, S4DConfig
 
 __all__ = [
+  "DSS",
   "GLA",
+  "H3",
   "HGRN2",
+  "LMU",
   "MLSTM",
   "RGLRU",
   "RWKV4",
   "RWKV5",
   "RWKV6",
+  "S4",
+  "S4D",
   "Attention",
   "AttentionConfig",
   "AttentionState",
   "Block",
+  "DSSConfig",
   "GLAConfig",
+  "H3Config",
+  "H3State",
   "HGRN2Config",
+  "LMUConfig",
+  "LMUState",
   "LanguageModel",
   "LayerNorm",
   "LinearAttention",
@@ -97,6 +112,9 @@ __all__ = [
   "RWKVState",
   "RetNet",
   "RetNetConfig",
+  "S4Config",
+  "S4DConfig",
+  "S4State",
   "config_from_json",
   "config_to_json",
   "gather_labels",

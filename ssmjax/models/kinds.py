@@ -8,7 +8,9 @@ its polarization holds; None where there is none.
 from ssmjax.models.attention import AttentionConfig
 from ssmjax.models.channel_mix import RWKVChannelMixConfig
 from ssmjax.models.gated_linear_attention import GLAConfig, HGRN2Config
+from ssmjax.models.h3 import H3Config
 from ssmjax.models.linear_attention import LinearAttentionConfig, RetNetConfig
+from ssmjax.models.lmu import LMUConfig
 from ssmjax.models.longhorn import LonghornConfig
 from ssmjax.models.mamba import MambaConfig
 from ssmjax.models.mamba2 import Mamba2Config
@@ -17,6 +19,8 @@ from ssmjax.models.mlstm import MLSTMConfig
 from ssmjax.models.rglru import RGLRUConfig
 from ssmjax.models.rwkv import RWKV5Config, RWKV6Config
 from ssmjax.models.rwkv4 import RWKV4Config
+from ssmjax.models.s4 import S4Config
+from ssmjax.models.s4d import DSSConfig, S4DConfig
 
 __all__ = ["MIXERS"]
 
@@ -37,4 +41,9 @@ MIXERS = {
   "gla": GLAConfig,
   "hgrn2": HGRN2Config,
   "attention": AttentionConfig,
+  "s4d": S4DConfig,
+  "dss": DSSConfig,
+  "s4": S4Config,
+  "h3": H3Config,
+  "lmu": LMUConfig,
 }
