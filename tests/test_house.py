@@ -23,7 +23,7 @@ TABLE = {
   "ssmjax.models": "ssmjax.types ssmjax.ops ssmjax.polarization flax",
   "ssmjax.theory": "ssmjax.types",
   "ssmjax.diagnostics": "ssmjax.types ssmjax.ops ssmjax.theory",
-  "ssmjax.interop": "ssmjax.types ssmjax.models flax torch",
+  "ssmjax.interop": "ssmjax.types ssmjax.models flax torch tokenizers",
   "ssmjax.data": "ssmjax.types grain tokenizers",
   "ssmjax.training": "ssmjax.types optax orbax flax tqdm tensorboardX",
 }

@@ -2,5 +2,11 @@
 
 from ssmjax.interop.loading import abstract_pretrained, load_pretrained
 from ssmjax.interop.saving import save_pretrained
+from ssmjax.interop.tokenizers import load_tokenizer
 
-__all__ = ["abstract_pretrained", "load_pretrained", "save_pretrained"]
+__all__ = [
+  "abstract_pretrained",
+  "load_pretrained",
+  "load_tokenizer",
+  "save_pretrained",
+]
