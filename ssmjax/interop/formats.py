@@ -52,6 +52,8 @@ class Tensor(NamedTuple):
     wide: float32 whatever dtype is asked for.
     default: what a parameter without its tensor is filled with, where the
       configuration says that there is none.
+    part: (axis, start, stop) where it is but that part of a layer's parameter,
+      as keys are of what projects to queries, keys and values.
   """
 
   parameter: str
@@ -59,6 +61,14 @@ class Tensor(NamedTuple):
   layout: Layout
   wide: bool = False
   default: float | None = None
+  part: tuple[int, int, int] | None = None
+
+  def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Say how large it is in a parameter of this shape."""
+    if self.part is None:
+      return shape
+    axis, start, stop = self.part
+    return (*shape[:axis], stop - start, *shape[axis + 1 :])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +86,18 @@ class Format:
       what the format cannot hold.
     tensors: of the model outside its layers.
     layer_tensors: of each layer, in which `{}` is its number.
+    table: from the configuration and a layer's number, None for what is
+      outside of layers, to the tensors; in place of `tensors` and
+      `layer_tensors`, where sizes matter or layers are not all alike.
     head: name of the output matrix; where embeddings are tied it repeats the
       embedding, or is left out.
     absent: from the fields, parameters of layers that have no tensor. One
       whose entry has no default is not in the model either.
     holds: whether it has words for such a model; of the formats of a name and
       a kind of layer, the first that does writes it.
+    ignored: a pattern of the names of tensors that are no weights: masks and
+      frequencies that old versions kept.
+    files: what the configuration and the tensors are written to.
   """
 
   name: str
@@ -92,9 +108,20 @@ class Format:
   write_config: Callable[[ModelConfig, str], dict[str, Any]] | None = None
   tensors: tuple[Tensor, ...] = ()
   layer_tensors: tuple[Tensor, ...] = ()
+  table: Callable[[ModelConfig, int | None], tuple[Tensor, ...]] | None = None
   head: str = "lm_head.weight"
   absent: Callable[[dict[str, Any]], set[str]] = lambda fields: set()
   holds: Callable[[ModelConfig], bool] = lambda config: True
+  ignored: str | None = None
+  files: tuple[str, str] = ("config.json", "model.safetensors")
+
+  def entries(
+    self, config: ModelConfig, number: int | None = None
+  ) -> tuple[Tensor, ...]:
+    """List the tensors of a layer, or those outside of layers."""
+    if self.table is not None:
+      return self.table(config, number)
+    return self.tensors if number is None else self.layer_tensors
 
 
 # Fields of a model that formats know or that say nothing about its numbers.

@@ -1,9 +1,8 @@
 """Published checkpoints in: configuration, names and tensors to a model."""
 
-import functools
 import os
 import pathlib
-from collections.abc import Callable
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from ssmjax.interop.families import FORMATS
 from ssmjax.interop.folders import find_folder, list_tensors, read_config
 from ssmjax.interop.formats import SAME, Format, Tensor
 from ssmjax.interop.naming import layers, parameter_name, parameters
+from ssmjax.interop.stacking import cut, insert
 from ssmjax.interop.tensor_files import read_tensors
 from ssmjax.models import LanguageModel
 
@@ -48,7 +48,11 @@ def load_pretrained(
     (`tiiuae/falcon-mamba-7b`);
   - Mamba-2 of the mamba_ssm package (`state-spaces/mamba2-130m`), of
     transformers, and as Mistral publishes it
-    (`mistralai/Mamba-Codestral-7B-v0.1`, in both its forms).
+    (`mistralai/Mamba-Codestral-7B-v0.1`, in both its forms);
+  - of transformers, GPT-NeoX (`EleutherAI/pythia-160m`), RecurrentGemma
+    (`google/recurrentgemma-2b`) and Mistral (`mistralai/Mistral-7B-v0.1`),
+    Mistral's own form too. Their attention layers get room for `max_length`
+    tokens from `init_state`.
 
   Tensors go one by one from the file into arrays of the model's own layout on
   the devices: the host has to hold one tensor of one layer (a device's piece
@@ -167,12 +171,12 @@ def _plan(path, dtype) -> _Plan:
   absent_parameters = format.absent(fields)
   places: list[_Place] = []
   absent: list[_Place] = []
-  for entry in format.tensors:
+  for entry in format.entries(config):
     places.append(_Place(entry.parameter, None, entry))
   if not config.tie_embeddings:
     places.append(_Place("head", None, Tensor("head", (format.head,), SAME)))
   for number, position, repeat in layers(model):
-    for entry in format.layer_tensors:
+    for entry in format.entries(config, number):
       name = f"blocks.{position}.{entry.parameter}"
       called = tuple(text.format(number) for text in entry.names)
       place = _Place(name, repeat, entry._replace(names=called))
@@ -209,7 +213,8 @@ def _match(folder, format, places, shapes, files):
     if place.layer is not None:
       shape = shape[1:]
     # As many zeros as are wanted in the memory of one.
-    shape = place.entry.layout.give(np.broadcast_to(np.int8(0), shape)).shape
+    zeros = np.broadcast_to(np.int8(0), place.entry.shape(shape))
+    shape = place.entry.layout.give(zeros).shape
     found, dtype = there[name]
     if found != shape:
       misshapen.append(f"misshapen: {name} has shape {found}, expected {shape}")
@@ -228,7 +233,12 @@ def _match(folder, format, places, shapes, files):
         f" {head[1]}"
       )
   used = {*by_name, format.head}
-  unused = [f"unused: {name}" for name in there if name not in used]
+  unused = [
+    f"unused: {name}"
+    for name in there
+    if name not in used
+    and not (format.ignored and re.search(format.ignored, name))
+  ]
   wrong = [*missing, *misshapen, *unused]
   if wrong:
     raise ValueError(
@@ -272,7 +282,8 @@ def _put(found, tensor, plan, place, shardings):
   sharding = shardings[place.parameter]
   size = shape.shape if place.layer is None else shape.shape[1:]
   if tensor is None:
-    view = np.broadcast_to(np.float32(place.entry.default), size)
+    whole = place.entry.shape(size)
+    view = np.broadcast_to(np.float32(place.entry.default), whole)
   else:
     view = place.entry.layout.take(tensor)
   part = sharding
@@ -284,7 +295,9 @@ def _put(found, tensor, plan, place, shardings):
     )
   # Copied, or on a CPU the array would be the file itself.
   array = jax.make_array_from_callback(
-    size, part, lambda index: np.array(view[index], shape.dtype, order="C")
+    size,
+    part,
+    lambda index: cut(view, index, size, place.entry.part, shape.dtype),
   )
   if place.layer is None:
     found[place.parameter] = array
@@ -293,23 +306,11 @@ def _put(found, tensor, plan, place, shardings):
     found[place.parameter] = jnp.zeros(
       shape.shape, shape.dtype, device=sharding
     )
-  found[place.parameter] = _insert(sharding)(
+  found[place.parameter] = insert(sharding, place.entry.part)(
     found[place.parameter], array, np.int32(place.layer)
   )
   # Or the host would read ahead, and hold what the device has yet to take.
   found[place.parameter].block_until_ready()
-
-
-@functools.cache
-def _insert(sharding) -> Callable[..., jax.Array]:
-  """A layer into its stack, whose memory is used again."""
-  return jax.jit(
-    lambda whole, part, layer: jax.lax.dynamic_update_index_in_dim(
-      whole, part, layer, 0
-    ),
-    donate_argnums=0,
-    out_shardings=sharding,
-  )
 
 
 def _automatic(sharding):

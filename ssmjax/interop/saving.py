@@ -35,13 +35,16 @@ def save_pretrained(
 
   Args:
     path: the folder to make; one that is there has to be empty.
-    model: of Mamba (FalconMamba) or Mamba-2 layers that are all alike.
+    model: of Mamba (FalconMamba) or Mamba-2 layers that are all alike, or a
+      transformer or RecurrentGemma as `load_pretrained` gives them.
     format: `"hf"`, which `transformers.AutoModelForCausalLM.from_pretrained`
       loads; `"native"`, the names and the configuration of the mamba_ssm
       package, whose `MambaLMHeadModel` takes the file by
-      `safetensors.torch.load_model`.
+      `safetensors.torch.load_model`; for a Mistral, its params.json and
+      consolidated.safetensors.
     shard_size: bytes of tensors that a file may hold; more go into several
-      files with an index. One tensor is never divided.
+      files with an index (but not consolidated.safetensors). One tensor is
+      never divided.
 
   Raises:
     ValueError: the folder is there and not empty; parameters that this process
@@ -67,8 +70,8 @@ def save_pretrained(
   half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
   half.mkdir()
   try:
-    _write_json(half / "config.json", config)
-    _write_tensors(half, specs, shard_size)
+    _write_json(half / chosen.files[0], config)
+    _write_tensors(half, chosen.files[1], specs, shard_size)
     _flush(half)
     os.replace(half, folder)
   except BaseException:
@@ -102,10 +105,10 @@ def _specs(format, model, absent) -> dict[str, TensorSpec]:
         " one."
       )
   specs = {}
-  for entry in format.tensors:
+  for entry in format.entries(model.config):
     specs[entry.names[0]] = _spec(entry, arrays[entry.parameter], None)
   for number, position, repeat in layers(model):
-    for entry in format.layer_tensors:
+    for entry in format.entries(model.config, number):
       if entry.parameter in absent:
         continue
       array = arrays[f"blocks.{position}.{entry.parameter}"]
@@ -118,10 +121,13 @@ def _specs(format, model, absent) -> dict[str, TensorSpec]:
 
 def _spec(entry, array, repeat) -> TensorSpec:
   shape = array.shape if repeat is None else array.shape[1:]
-  like = entry.layout.give(np.broadcast_to(np.int8(0), shape))
+  like = entry.layout.give(np.broadcast_to(np.int8(0), entry.shape(shape)))
 
   def get():
     part = array if repeat is None else array[repeat]
+    if entry.part is not None:
+      axis, start, stop = entry.part
+      part = jax.lax.slice_in_dim(part, start, stop, axis=axis)
     return entry.layout.give(np.asarray(jax.device_get(part)))
 
   return TensorSpec(like.shape, np.dtype(array.dtype), get)
@@ -136,7 +142,7 @@ def _dtype(model) -> str:
   return max(sizes, key=lambda name: sizes[name])
 
 
-def _write_tensors(folder, specs, shard_size):
+def _write_tensors(folder, whole, specs, shard_size):
   """One file, or several and the index that says which tensor is in which."""
   shards: list[dict[str, TensorSpec]] = [{}]
   filled = 0
@@ -146,8 +152,9 @@ def _write_tensors(folder, specs, shard_size):
       filled = 0
     shards[-1][name] = spec
     filled += spec.size
-  if len(shards) == 1:
-    write_safetensors(folder / "model.safetensors", specs)
+  if len(shards) == 1 or whole == "consolidated.safetensors":
+    # Mistral's own readers know no index.
+    write_safetensors(folder / whole, specs)
     return
   table: dict[str, str] = {}
   for number, shard in enumerate(shards, 1):
