@@ -17,7 +17,9 @@ from flax import nnx
 
 from ssmjax.models import (
   AttentionConfig,
+  DeltaNetConfig,
   DSSConfig,
+  GatedDeltaNetConfig,
   GLAConfig,
   H3Config,
   HGRN2Config,
@@ -39,6 +41,7 @@ from ssmjax.models import (
   RWKVChannelMixConfig,
   S4Config,
   S4DConfig,
+  TTTLinearConfig,
 )
 from ssmjax.types import Polarization
 
@@ -50,6 +53,9 @@ ATTENTION = functools.partial(AttentionConfig, num_heads=2, max_length=12)
 GROUPED = functools.partial(
   ATTENTION, num_kv_heads=1, rotary_fraction=0.5, bias=True, out_bias=True
 )
+DELTA = functools.partial(DeltaNetConfig, num_heads=2, d_conv=2)
+GATED_DELTA = functools.partial(GatedDeltaNetConfig, num_heads=2)
+TTT = functools.partial(TTTLinearConfig, num_heads=2, mini_batch=3)
 RGLRU = functools.partial(RGLRUConfig, num_blocks=2)
 RWKV6 = functools.partial(RWKV6Config, 2, mix_rank=2, decay_rank=3)
 LM = functools.partial(ModelConfig, 16, 8, 2)
@@ -114,6 +120,12 @@ MODELS = {
   "lmu_bf16": LMUConfig(
     3, 1, 6.0, "legs", "gelu", init="authors", dtype=jnp.bfloat16
   ),
+  "deltanet": DELTA(feature_map="elu", normalize="sum", output_gate=True),
+  "deltanet_bf16": DELTA(allow_negative=True, d_conv=0, dtype=jnp.bfloat16),
+  "gated_deltanet": GATED_DELTA(num_key_heads=1, init="authors"),
+  "gated_deltanet_bf16": GATED_DELTA(key_dim=3, dtype=jnp.bfloat16),
+  "ttt_linear": TTT(d_conv=3, output_gate=True),
+  "ttt_linear_bf16": TTT(init="authors", dtype=jnp.bfloat16),
   "lm_mamba": LM(mixers=(MAMBA(),), final_norm="layer", init="authors"),
   "lm_attention": LM(mixers=(ATTENTION(),), mlp_ratio=2),
   "lm_options": LM(
@@ -158,6 +170,7 @@ NIGHTLY = {
   *("linear_attention_bf16", "retnet_bf16", "gla_bf16", "hgrn2_bf16"),
   *("h3_bf16", "lmu_bf16", "s4_bf16", "s4_convolution"),
   *("s4d_real", "s4d_bf16", "dss_bf16"),
+  *("deltanet_bf16", "gated_deltanet_bf16", "ttt_linear_bf16"),
   *("lm_mamba", "lm_attention", "lm_griffin", "lm_min_rnn", "lm_bf16"),
 }
 # Mixers without a diagonal Eq. 1.
@@ -166,7 +179,9 @@ NOT_EQ1 = (
   H3Config,
   LMUConfig,
   S4Config,
+  DeltaNetConfig,
   RWKVChannelMixConfig,
+  TTTLinearConfig,
 )
 # Through these, transformations see every mixer and the model around it.
 TRANSFORMED = {"lm_hybrid"}
@@ -355,7 +370,7 @@ def test_mixer_shows_its_recurrence_or_says_why_it_has_none(name):
 # XLA:CPU sums some products of bfloat16 matrices in bfloat16, and among them
 # out_proj's gradient where seeds share its cotangent (2.7 % off over 1024
 # terms; alone, 0.17 %): these rows are just over what it allows.
-OVER = {"rglru_bf16", "retnet_bf16"}
+OVER = {"deltanet_bf16", "gated_deltanet_bf16", "retnet_bf16", "rglru_bf16"}
 
 
 @table(TRANSFORMED, {k: v for k, v in MODELS.items() if k not in OVER})

@@ -9,6 +9,13 @@ from ssmjax.models.channel_mix import (
 )
 from ssmjax.models.config import ModelConfig
 from ssmjax.models.config_json import config_from_json, config_to_json
+from ssmjax.models.delta_net import (
+  DeltaNet,
+  DeltaNetConfig,
+  DeltaNetState,
+  GatedDeltaNet,
+  GatedDeltaNetConfig,
+)
 from ssmjax.models.gated_linear_attention import (
   GLA,
   HGRN2,
@@ -51,6 +58,7 @@ from ssmjax.models.rwkv4 import RWKV4, RWKV4Config, RWKV4State
 from ssmjax.models.s4 import S4, S4Config
 from ssmjax.models.s4_block import S4State
 from ssmjax.models.s4d import DSS, S4D, DSSConfig, S4DConfig
+from ssmjax.models.ttt import TTTLinear, TTTLinearConfig, TTTLinearState
 
 __all__ = [
   "DSS",
@@ -70,7 +78,12 @@ __all__ = [
   "AttentionState",
   "Block",
   "DSSConfig",
+  "DeltaNet",
+  "DeltaNetConfig",
+  "DeltaNetState",
   "GLAConfig",
+  "GatedDeltaNet",
+  "GatedDeltaNetConfig",
   "H3Config",
   "H3State",
   "HGRN2Config",
@@ -115,6 +128,9 @@ __all__ = [
   "S4Config",
   "S4DConfig",
   "S4State",
+  "TTTLinear",
+  "TTTLinearConfig",
+  "TTTLinearState",
   "config_from_json",
   "config_to_json",
   "gather_labels",

@@ -7,6 +7,7 @@ its polarization holds; None where there is none.
 
 from ssmjax.models.attention import AttentionConfig
 from ssmjax.models.channel_mix import RWKVChannelMixConfig
+from ssmjax.models.delta_net import DeltaNetConfig, GatedDeltaNetConfig
 from ssmjax.models.gated_linear_attention import GLAConfig, HGRN2Config
 from ssmjax.models.h3 import H3Config
 from ssmjax.models.linear_attention import LinearAttentionConfig, RetNetConfig
@@ -21,6 +22,7 @@ from ssmjax.models.rwkv import RWKV5Config, RWKV6Config
 from ssmjax.models.rwkv4 import RWKV4Config
 from ssmjax.models.s4 import S4Config
 from ssmjax.models.s4d import DSSConfig, S4DConfig
+from ssmjax.models.ttt import TTTLinearConfig
 
 __all__ = ["MIXERS"]
 
@@ -40,6 +42,9 @@ MIXERS = {
   "retnet": RetNetConfig,
   "gla": GLAConfig,
   "hgrn2": HGRN2Config,
+  "deltanet": DeltaNetConfig,
+  "gated_deltanet": GatedDeltaNetConfig,
+  "ttt_linear": TTTLinearConfig,
   "attention": AttentionConfig,
   "s4d": S4DConfig,
   "dss": DSSConfig,

@@ -32,8 +32,18 @@ from ssmjax.ops.selective import (
   selective_step,
 )
 from ssmjax.ops.ssd import ssd, ssd_reference, ssd_step
+from ssmjax.ops.ttt import (
+  TTTLearner,
+  TTTState,
+  ttt_linear,
+  ttt_linear_reference,
+  ttt_linear_step,
+  ttt_positions,
+)
 
 __all__ = [
+  "TTTLearner",
+  "TTTState",
   "bilinear",
   "bilinear_dplr",
   "causal_conv",
@@ -67,5 +77,9 @@ __all__ = [
   "ssd",
   "ssd_reference",
   "ssd_step",
+  "ttt_linear",
+  "ttt_linear_reference",
+  "ttt_linear_step",
+  "ttt_positions",
   "zero_order_hold",
 ]
