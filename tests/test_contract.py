@@ -124,7 +124,7 @@ MODELS = {
   "deltanet_bf16": DELTA(allow_negative=True, d_conv=0, dtype=jnp.bfloat16),
   "gated_deltanet": GATED_DELTA(num_key_heads=1, init="authors"),
   "gated_deltanet_bf16": GATED_DELTA(key_dim=3, dtype=jnp.bfloat16),
-  "ttt_linear": TTT(d_conv=3, output_gate=True),
+  "ttt_linear": TTT(num_heads=1, d_conv=3, output_gate=True),
   "ttt_linear_bf16": TTT(init="authors", dtype=jnp.bfloat16),
   "lm_mamba": LM(mixers=(MAMBA(),), final_norm="layer", init="authors"),
   "lm_attention": LM(mixers=(ATTENTION(),), mlp_ratio=2),
