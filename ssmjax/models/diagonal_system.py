@@ -91,6 +91,8 @@ class DiagonalSystem(nnx.Module):
     )
     self.A_log = nnx.Param(copies(np.log(-A.real)))
     states = self.polarization.total(d_state)
+    # Of their own: in a stack of layers the weights have an axis more.
+    self.sizes = (channels, states)
     if spectrum == "real":
       self.C = nnx.Param(
         jax.random.normal(keys[1], (channels, states), jnp.float32)
@@ -133,7 +135,7 @@ class DiagonalSystem(nnx.Module):
   def init_state(self, batch_size: int) -> Inexact[Array, "B D N"]:
     """Zeros, complex64 or float32."""
     dtype = jnp.complex64 if hasattr(self, "A_imag") else jnp.float32
-    return jnp.zeros((batch_size, *self.C.shape[:2]), dtype)
+    return jnp.zeros((batch_size, *self.sizes), dtype)
 
   def weights(
     self,

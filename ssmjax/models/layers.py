@@ -79,6 +79,8 @@ class ShortConv(nnx.Module):
   """A causal convolution of each channel with W taps of its own."""
 
   def __init__(self, channels: int, width: int, key, *, bias: bool = True):
+    # Of their own: in a stack of layers the weight has an axis more.
+    self.channels, self.width = channels, width
     keys = jax.random.split(key)
     self.weight = nnx.Param(torch_uniform(keys[0], (width, channels), width))
     self.bias = (
@@ -110,8 +112,8 @@ class ShortConv(nnx.Module):
 
   def init_state(self, batch_size: int) -> Float[Array, "B V D"]:
     """No tokens yet."""
-    width, channels = self.weight.shape
-    return jnp.zeros((batch_size, width - 1, channels), jnp.float32)
+    shape = (batch_size, self.width - 1, self.channels)
+    return jnp.zeros(shape, jnp.float32)
 
   def _bias(self):
     return None if self.bias is None else self.bias[...]

@@ -181,7 +181,7 @@ class _DPLRSystem(nnx.Module):
 
   def init_state(self, batch_size: int) -> Complex[Array, "B D N"]:
     """Zeros."""
-    return jnp.zeros((batch_size, *self.A_log.shape), jnp.complex64)
+    return jnp.zeros((batch_size, *self.A_log.shape[-2:]), jnp.complex64)
 
   def _continuous(self):
     A = lax.complex(-jnp.exp(self.A_log[...]), self.A_imag[...])
