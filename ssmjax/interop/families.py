@@ -6,6 +6,7 @@ from ssmjax.interop import (
   mamba2,
   mistral,
   recurrentgemma,
+  rwkv,
 )
 from ssmjax.interop.formats import Format
 
@@ -17,4 +18,5 @@ FORMATS: tuple[Format, ...] = (
   *gpt_neox.FORMATS,
   *mistral.FORMATS,
   *recurrentgemma.FORMATS,
+  *rwkv.FORMATS,
 )

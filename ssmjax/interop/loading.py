@@ -52,7 +52,9 @@ def load_pretrained(
   - of transformers, GPT-NeoX (`EleutherAI/pythia-160m`), RecurrentGemma
     (`google/recurrentgemma-2b`) and Mistral (`mistralai/Mistral-7B-v0.1`),
     Mistral's own form too. Their attention layers get room for `max_length`
-    tokens from `init_state`.
+    tokens from `init_state`;
+  - RWKV-4 of transformers (`RWKV/rwkv-4-169m-pile`), of whose blocks each half
+    is a layer here.
 
   Tensors go one by one from the file into arrays of the model's own layout on
   the devices: the host has to hold one tensor of one layer (a device's piece

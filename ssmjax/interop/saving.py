@@ -36,7 +36,7 @@ def save_pretrained(
   Args:
     path: the folder to make; one that is there has to be empty.
     model: of Mamba (FalconMamba) or Mamba-2 layers that are all alike, or a
-      transformer or RecurrentGemma as `load_pretrained` gives them.
+      transformer, RecurrentGemma or RWKV-4 as `load_pretrained` gives them.
     format: `"hf"`, which `transformers.AutoModelForCausalLM.from_pretrained`
       loads; `"native"`, the names and the configuration of the mamba_ssm
       package, whose `MambaLMHeadModel` takes the file by
