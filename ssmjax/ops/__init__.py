@@ -16,6 +16,11 @@ from ssmjax.ops.gla import (
   gated_linear_attention_reference,
   gated_linear_attention_step,
 )
+from ssmjax.ops.long_conv import (
+  long_conv,
+  long_conv_reference,
+  long_conv_step,
+)
 from ssmjax.ops.lti import bilinear, bilinear_dplr, zero_order_hold
 from ssmjax.ops.lti_hippo import hippo_legs, hippo_legs_dplr, hippo_legt
 from ssmjax.ops.lti_kernels import dss_kernel, s4_dplr_kernel, s4d_kernel
@@ -63,6 +68,9 @@ __all__ = [
   "linear_scan",
   "linear_scan_reference",
   "linear_step",
+  "long_conv",
+  "long_conv_reference",
+  "long_conv_step",
   "lti_matrix_scan",
   "lti_matrix_scan_reference",
   "lti_matrix_step",
