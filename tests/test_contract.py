@@ -17,12 +17,14 @@ from flax import nnx
 
 from ssmjax.models import (
   AttentionConfig,
+  CEMAConfig,
   DeltaNetConfig,
   DSSConfig,
   GatedDeltaNetConfig,
   GLAConfig,
   H3Config,
   HGRN2Config,
+  HyenaConfig,
   LanguageModel,
   LinearAttentionConfig,
   LMUConfig,
@@ -49,6 +51,8 @@ BOTH = Polarization(ones=1, zeros=1)
 REPLACED = Polarization(ones=1, zeros=1, placement="replace")
 MAMBA = functools.partial(MambaConfig, d_state=4)
 MAMBA2 = functools.partial(Mamba2Config, d_state=4, head_dim=2)
+CEMA = functools.partial(CEMAConfig, d_state=4)
+HYENA = functools.partial(HyenaConfig, filter_width=4, max_length=12)
 ATTENTION = functools.partial(AttentionConfig, num_heads=2, max_length=12)
 GROUPED = functools.partial(
   ATTENTION, num_kv_heads=1, rotary_fraction=0.5, bias=True, out_bias=True
@@ -126,6 +130,10 @@ MODELS = {
   "gated_deltanet_bf16": GATED_DELTA(key_dim=3, dtype=jnp.bfloat16),
   "ttt_linear": TTT(num_heads=1, d_conv=3, output_gate=True),
   "ttt_linear_bf16": TTT(init="authors", dtype=jnp.bfloat16),
+  "hyena": HYENA(),
+  "hyena_bf16": HYENA(order=3, init="authors", dtype=jnp.bfloat16),
+  "cema_both": CEMA(polarization=BOTH),
+  "cema_bf16": CEMA(polarization=REPLACED, dtype=jnp.bfloat16),
   "lm_mamba": LM(mixers=(MAMBA(),), final_norm="layer", init="authors"),
   "lm_attention": LM(mixers=(ATTENTION(),), mlp_ratio=2),
   "lm_options": LM(
@@ -171,6 +179,7 @@ NIGHTLY = {
   *("h3_bf16", "lmu_bf16", "s4_bf16", "s4_convolution"),
   *("s4d_real", "s4d_bf16", "dss_bf16"),
   *("deltanet_bf16", "gated_deltanet_bf16", "ttt_linear_bf16"),
+  *("hyena_bf16", "cema_bf16"),
   *("lm_mamba", "lm_attention", "lm_griffin", "lm_min_rnn", "lm_bf16"),
 }
 # Mixers without a diagonal Eq. 1.
@@ -180,6 +189,7 @@ NOT_EQ1 = (
   LMUConfig,
   S4Config,
   DeltaNetConfig,
+  HyenaConfig,
   RWKVChannelMixConfig,
   TTTLinearConfig,
 )
@@ -391,6 +401,7 @@ def test_mixer_has_a_finite_gradient_over_four_thousand_tokens(name):
 # out_proj's gradient where seeds share its cotangent (2.7 % off over 1024
 # terms; alone, 0.17 %): these rows are just over what it allows.
 OVER = {"deltanet_bf16", "gated_deltanet_bf16", "retnet_bf16", "rglru_bf16"}
+OVER = {"rglru_bf16", "retnet_bf16", "hyena_bf16"}
 
 
 @table(TRANSFORMED, {k: v for k, v in MODELS.items() if k not in OVER})

@@ -2,6 +2,7 @@
 
 from ssmjax.models.attention import Attention, AttentionConfig, AttentionState
 from ssmjax.models.blocks import Block
+from ssmjax.models.cema import CEMA, CEMAConfig, CEMAState
 from ssmjax.models.channel_mix import (
   RWKVChannelMix,
   RWKVChannelMixConfig,
@@ -24,6 +25,7 @@ from ssmjax.models.gated_linear_attention import (
 )
 from ssmjax.models.generate import generate, prefill
 from ssmjax.models.h3 import H3, H3Config, H3State
+from ssmjax.models.hyena import Hyena, HyenaConfig, HyenaState
 from ssmjax.models.layers import LayerNorm, RMSNorm
 from ssmjax.models.linear_attention import (
   LinearAttention,
@@ -61,6 +63,7 @@ from ssmjax.models.s4d import DSS, S4D, DSSConfig, S4DConfig
 from ssmjax.models.ttt import TTTLinear, TTTLinearConfig, TTTLinearState
 
 __all__ = [
+  "CEMA",
   "DSS",
   "GLA",
   "H3",
@@ -77,6 +80,8 @@ __all__ = [
   "AttentionConfig",
   "AttentionState",
   "Block",
+  "CEMAConfig",
+  "CEMAState",
   "DSSConfig",
   "DeltaNet",
   "DeltaNetConfig",
@@ -87,6 +92,9 @@ __all__ = [
   "H3Config",
   "H3State",
   "HGRN2Config",
+  "Hyena",
+  "HyenaConfig",
+  "HyenaState",
   "LMUConfig",
   "LMUState",
   "LanguageModel",

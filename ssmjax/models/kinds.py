@@ -6,10 +6,12 @@ its polarization holds; None where there is none.
 """
 
 from ssmjax.models.attention import AttentionConfig
+from ssmjax.models.cema import CEMAConfig
 from ssmjax.models.channel_mix import RWKVChannelMixConfig
 from ssmjax.models.delta_net import DeltaNetConfig, GatedDeltaNetConfig
 from ssmjax.models.gated_linear_attention import GLAConfig, HGRN2Config
 from ssmjax.models.h3 import H3Config
+from ssmjax.models.hyena import HyenaConfig
 from ssmjax.models.linear_attention import LinearAttentionConfig, RetNetConfig
 from ssmjax.models.lmu import LMUConfig
 from ssmjax.models.longhorn import LonghornConfig
@@ -45,6 +47,8 @@ MIXERS = {
   "deltanet": DeltaNetConfig,
   "gated_deltanet": GatedDeltaNetConfig,
   "ttt_linear": TTTLinearConfig,
+  "hyena": HyenaConfig,
+  "cema": CEMAConfig,
   "attention": AttentionConfig,
   "s4d": S4DConfig,
   "dss": DSSConfig,
