@@ -34,7 +34,10 @@ class S4Config:
     implementation: `"chunked"` runs chunks of the recurrence, `"convolution"`
       makes the whole kernel by Cauchy sums and convolves by FFT; the bilinear
       rule only, and what has a state or segment ids runs chunked. None is
-      chunked, which is faster but for large batches: see the class.
+      chunked: on 2 CPU cores (N = 32) forward and backward take 0.020 s of CPU
+      against 0.32 s by convolution at batch 1, 0.046 s against 0.32 s at 4 (32
+      channels, 2048 tokens) and 0.040 s against 0.115 s at 16 (16 channels,
+      1024 tokens). The kernel costs the same at any batch.
   """
 
   op: ClassVar[str | None] = "lti_matrix_scan"
