@@ -11,7 +11,6 @@ from checks import assert_close, quick, rms_error
 from flax import nnx
 
 from ssmjax.models import H3Config
-from ssmjax.types import Polarization
 
 GOLDEN = pathlib.Path(__file__).with_name("golden") / "h3.npz"
 
@@ -47,21 +46,6 @@ def test_h3_gives_outputs_and_gradients_of_published_code(head_dim):
   for key, value in expected.items():
     assert rms_error(grads[0][key], value) <= 1e-4, key
   assert rms_error(grads[1], golden["gradient"]) <= 1e-4
-
-
-@pytest.mark.nightly
-def test_h3_has_a_finite_gradient_over_four_thousand_tokens():
-  x = jax.random.normal(jax.random.key(1), (1, 4096, 4))
-  config = H3Config(4, 2, polarization=Polarization(1, 1))
-
-  @quick
-  def gradients(key, x):
-    model = config.build(4, 1, nnx.Rngs(key))
-    loss = lambda model, x: jnp.square(model(x)[0]).mean()
-    return jax.grad(loss, (0, 1))(model, x)
-
-  for leaf in jax.tree.leaves(gradients(jax.random.key(0), x)):
-    assert jnp.isfinite(leaf).all()
 
 
 @pytest.mark.parametrize(
