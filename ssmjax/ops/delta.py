@@ -78,7 +78,10 @@ def delta_rule(
     y `[B, T, H, P]` of v's dtype, and the state after the last non-padding
     token, `[B, H, K, P]`, float32 or wider. Both carry gradients. What
     is not finite goes to later tokens of its head and document only, where
-    `"chunked"` makes all of y, or of a gradient, NaN.
+    `"chunked"` makes all of y, or of a gradient, NaN. That holds for tokens
+    that are not finite and for a state that has overflowed before a chunk;
+    where finite tokens overflow within one chunk (β‖k‖² far above 2), NaN may
+    also reach the chunk's other documents.
 
   Raises:
     ValueError: an argument of the wrong shape or dtype.
