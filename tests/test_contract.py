@@ -5,6 +5,7 @@ company, so that a model is compiled a handful of times.
 """
 
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -382,6 +383,8 @@ def test_mixer_shows_its_recurrence_or_says_why_it_has_none(name):
 @table(LONG, {k: v for k, v in MODELS.items() if not k.startswith("lm_")})
 def test_mixer_has_a_finite_gradient_over_four_thousand_tokens(name):
   config = MODELS[name]
+  if isinstance(config, HyenaConfig):  # Whose filters have a length.
+    config = dataclasses.replace(config, max_length=4096)
   x = jax.random.normal(jax.random.key(1), (1, 4096, WIDTH))
 
   @quick_jit
@@ -400,8 +403,10 @@ def test_mixer_has_a_finite_gradient_over_four_thousand_tokens(name):
 # XLA:CPU sums some products of bfloat16 matrices in bfloat16, and among them
 # out_proj's gradient where seeds share its cotangent (2.7 % off over 1024
 # terms; alone, 0.17 %): these rows are just over what it allows.
-OVER = {"deltanet_bf16", "gated_deltanet_bf16", "retnet_bf16", "rglru_bf16"}
-OVER = {"rglru_bf16", "retnet_bf16", "hyena_bf16"}
+OVER = {
+  *("deltanet_bf16", "gated_deltanet_bf16", "hyena_bf16", "retnet_bf16"),
+  "rglru_bf16",
+}
 
 
 @table(TRANSFORMED, {k: v for k, v in MODELS.items() if k not in OVER})

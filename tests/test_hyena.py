@@ -112,15 +112,6 @@ def test_hyena_config_goes_through_json():
   assert again == config
 
 
-@pytest.mark.nightly
-def test_hyena_has_a_finite_gradient_over_four_thousand_tokens():
-  x = jax.random.normal(jax.random.key(1), (1, 4096, 4))
-  model = build(HyenaConfig(3, 4096, filter_width=8))
-  loss = lambda model, x: jnp.square(model(x)[0]).mean()
-  grads = quick(jax.grad(loss, (0, 1)))(model, x)
-  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-
-
 def build(config=SMALL):
   return quick(lambda key: Hyena(4, config, rngs=nnx.Rngs(key)))(
     jax.random.key(0)
