@@ -8,7 +8,8 @@ from ssmjax.models.channel_mix import (
   RWKVChannelMixConfig,
   RWKVChannelMixState,
 )
-from ssmjax.models.config import ModelConfig
+from ssmjax.models.classifier import Classifier
+from ssmjax.models.config import ClassifierConfig, ModelConfig
 from ssmjax.models.config_json import config_from_json, config_to_json
 from ssmjax.models.delta_net import (
   DeltaNet,
@@ -82,6 +83,8 @@ __all__ = [
   "Block",
   "CEMAConfig",
   "CEMAState",
+  "Classifier",
+  "ClassifierConfig",
   "DSSConfig",
   "DeltaNet",
   "DeltaNetConfig",

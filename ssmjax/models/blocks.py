@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ssmjax.models.config import MixerConfig, ModelConfig
+from ssmjax.models.config import (
+  ClassifierConfig,
+  MixerConfig,
+  ModelConfig,
+)
 from ssmjax.models.layers import (
   LayerNorm,
   RMSNorm,
@@ -27,6 +31,7 @@ __all__ = [
   "step_blocks",
 ]
 
+AnyConfig = ModelConfig | ClassifierConfig
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
@@ -36,7 +41,7 @@ class Block(nnx.Module):
   In parallel, x + mixer(norm(x)) + mlp(norm(x)).
   """
 
-  def __init__(self, mixer: MixerConfig, config: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, mixer: MixerConfig, config: AnyConfig, rngs: nnx.Rngs):
     norm = NORMS[config.block_norm]
     self.norm = norm(config.d_model, epsilon=config.norm_epsilon)
     self.mixer = mixer.build(config.d_model, config.n_layers, rngs)
@@ -71,7 +76,7 @@ class Block(nnx.Module):
 class MLP(nnx.Module):
   """W₂ f(W₁ norm(x)), or W₂ (f(Wₘ norm(x)) ∘ W₁ norm(x)) with a gate."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, config: AnyConfig, rngs: nnx.Rngs):
     keys = jax.random.split(rngs.params(), 2)
     size = config.d_model
     hidden = config.mlp_width or config.mlp_ratio * size
@@ -103,7 +108,7 @@ class MLP(nnx.Module):
     return _affine(hidden, self.down_proj, self.down_bias)
 
 
-def stack_blocks(config: ModelConfig, rngs: nnx.Rngs) -> nnx.List:
+def stack_blocks(config: AnyConfig, rngs: nnx.Rngs) -> nnx.List:
   """Make a model's blocks, those of one place in the pattern stacked."""
   repeats = config.n_layers // len(config.mixers)
 

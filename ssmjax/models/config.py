@@ -10,7 +10,7 @@ from ssmjax.models.layers import check_sizes
 from ssmjax.models.mamba import MambaConfig
 from ssmjax.types import check_choice
 
-__all__ = ["MixerConfig", "ModelConfig"]
+__all__ = ["ClassifierConfig", "MixerConfig", "ModelConfig"]
 
 
 class MixerConfig(Protocol):
@@ -85,6 +85,69 @@ class ModelConfig:
         f"ModelConfig: logit_softcap is {self.logit_softcap}, expected a number"
         " above 0, or None."
       )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+  """Sizes and choices of a `Classifier`.
+
+  Attributes:
+    n_classes: C.
+    d_model: width.
+    n_layers: blocks, a multiple of the pattern's length.
+    vocab_size: V, where inputs are tokens.
+    n_features: F, where inputs are real features; give one of the two.
+    mixers: the pattern of mixers, as in `ModelConfig`, like all that follows
+      and is not said here.
+    pooling: what of a sequence the head sees: the `"mean"` of its tokens, the
+      `"last"` of them, or a learned `"token"` appended to it.
+    mlp_ratio: of each block's MLP.
+    max_positions: size of a table of learned positions; the appended token has
+      none.
+    norm_epsilon: of every norm.
+    final_norm: `"rms"` or `"layer"`.
+    init: for what is not inside a mixer.
+    remat: recompute each block in the backward pass.
+    dtype: dtype of activations outside the mixers.
+    block_norm: the norms inside blocks.
+    embedding_norm: a LayerNorm before the first block.
+    mlp: kind of MLP.
+    mlp_width: hidden width of the MLP.
+    mlp_bias: biases in the MLP.
+    parallel_residual: mixer and MLP side by side.
+  """
+
+  n_classes: int
+  d_model: int
+  n_layers: int
+  vocab_size: int | None = None
+  n_features: int | None = None
+  mixers: tuple[MixerConfig, ...] = (MambaConfig(),)
+  pooling: Literal["mean", "last", "token"] = "mean"
+  mlp_ratio: int = 0
+  max_positions: int | None = None
+  norm_epsilon: float = 1e-5
+  final_norm: Literal["rms", "layer"] = "rms"
+  init: Literal["mamba", "authors"] = "mamba"
+  remat: bool = True
+  dtype: Any = jnp.float32
+  block_norm: Literal["rms", "layer"] = "rms"
+  embedding_norm: bool = False
+  mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
+  mlp_width: int | None = None
+  mlp_bias: bool = False
+  parallel_residual: bool = False
+
+  def __post_init__(self):
+    check_sizes(self, {"n_classes": 1, "vocab_size": 1, "n_features": 1})
+    if (self.vocab_size is None) == (self.n_features is None):
+      raise ValueError(
+        f"ClassifierConfig: vocab_size is {self.vocab_size} and n_features is"
+        f" {self.n_features}, expected one of them: tokens or features."
+      )
+    pools = ("mean", "last", "token")
+    check_choice("ClassifierConfig", "pooling", self.pooling, pools)
+    _check_blocks(self)
 
 
 def _check_blocks(config):

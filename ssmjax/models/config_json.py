@@ -7,21 +7,23 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from ssmjax.models.config import ModelConfig
+from ssmjax.models.config import ClassifierConfig, ModelConfig
 from ssmjax.models.kinds import MIXERS
 from ssmjax.types import Polarization
 
 __all__ = ["config_from_json", "config_to_json"]
 
 
-def config_to_json(config: ModelConfig) -> dict[str, Any]:
+def config_to_json(
+  config: ModelConfig | ClassifierConfig,
+) -> dict[str, Any]:
   """Write a configuration as a dictionary that JSON can hold.
 
   Every field by its name, also where it has its default; a dtype by its name;
   the mixers as a list, each with its kind as `mixer`.
 
   Args:
-    config: of a `LanguageModel`.
+    config: of a `LanguageModel` or a `Classifier`.
 
   Returns:
     What `config_from_json` makes an equal configuration of.
@@ -32,10 +34,10 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
   >>> config_to_json(ModelConfig(257, 64, 2))["mixers"][0]["mixer"]
   'mamba'
   """
-  if not isinstance(config, ModelConfig):
+  if not isinstance(config, ModelConfig | ClassifierConfig):
     raise ValueError(
       f"config_to_json: config is a {type(config).__name__}, expected a"
-      " ModelConfig."
+      " ModelConfig or a ClassifierConfig."
     )
   fields = _written(config)
   mixers = zip(config.mixers, fields["mixers"], strict=True)
@@ -44,8 +46,10 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def config_from_json(fields: dict[str, Any]) -> ModelConfig:
+def config_from_json(fields: dict[str, Any]) -> Any:
   """Make the configuration that `config_to_json` wrote.
+
+  One with `n_classes` is a `ClassifierConfig`, others a `ModelConfig`.
 
   A field that is missing has its default, so that what an earlier version
   wrote can be read; one that is not known is refused, for it says something
@@ -64,6 +68,7 @@ def config_from_json(fields: dict[str, Any]) -> ModelConfig:
   True
   """
   fields = dict(_object(fields, "the configuration", ModelConfig))
+  kind = ClassifierConfig if "n_classes" in fields else ModelConfig
   if "mixers" in fields:
     mixers = fields["mixers"]
     if not isinstance(mixers, list | tuple):
@@ -71,7 +76,7 @@ def config_from_json(fields: dict[str, Any]) -> ModelConfig:
     fields["mixers"] = tuple(
       _mixer(value, f"mixers[{index}]") for index, value in enumerate(mixers)
     )
-  return _read(ModelConfig, fields, "")
+  return _read(kind, fields, "")
 
 
 def _kind(mixer) -> str:
