@@ -240,6 +240,51 @@ def test_two_halves_are_the_whole_and_steps_are_the_scan(bonus):
   assert_close((jnp.stack(steps, 1), h), (y, state))
 
 
+def slope_by_key(args, k, implementation):
+  run = lambda k: gated_linear_attention(
+    **args | dict(k=k), implementation=implementation
+  )
+  return jnp.square(run(k)[0]).sum()
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize(
+  "way",
+  [
+    "jvp",
+    *(
+      pytest.param(way, marks=pytest.mark.nightly)
+      for way in ("jit", "jacfwd", "linearize")
+    ),
+  ],
+)
+def test_forward_mode_through_chunks_is_refused_by_name(way):
+  args = cast(make(1, 6, decay="token"))
+  k, slope = args["k"], lambda k: slope_by_key(args, k, "chunked")
+  call = {
+    "jvp": lambda: jax.jvp(slope, (k,), (k,)),
+    "jit": jax.jit(lambda: jax.jvp(slope, (k,), (k,))),
+    "jacfwd": lambda: jax.jacfwd(slope)(k),
+    "linearize": lambda: jax.linearize(slope, k)[1](k),
+  }[way]
+  message = r"^gated_linear_attention: forward-mode .* Pass implementation='ref"
+  with pytest.raises(NotImplementedError, match=message):
+    call()
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("strict")
+def test_forward_mode_of_the_loop_and_of_all_gradients_is_right():
+  args = cast(make(1, 6, decay="token"))
+  k = args["k"]
+  forward = lambda f: jax.jvp(lambda k: f(args, k, "reference"), (k,), (k,))[1]
+  gradient = jax.grad(slope_by_key, 1)(args, k, "chunked")
+  assert_close(forward(slope_by_key), (gradient * k).sum())
+  over = lambda k: jax.grad(slope_by_key, 1)(args, k, "chunked")
+  tangent = quick(lambda k: jax.jvp(over, (k,), (k,))[1])(k)
+  assert_close(tangent, forward(jax.grad(slope_by_key, 1)))
+
+
 @pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("decay", ["key and token", "token"])

@@ -323,3 +323,10 @@ def test_groups_must_divide_heads():
   group = jnp.ones((2, 3, 3, 5))
   with pytest.raises(ValueError, match="B has G=3 groups, expected a divisor"):
     ssd(jnp.ones((2, 3, 4, 6)), jnp.ones((2, 3, 4)), -jnp.ones(4), group, group)
+
+
+def test_forward_mode_through_chunks_is_refused_by_name():
+  args = cast(make(1, 4))
+  run = lambda x: ssd(**args | dict(x=x))[0]
+  with pytest.raises(NotImplementedError, match=r"^ssd: forward-mode"):
+    jax.jvp(run, (args["x"],), (args["x"],))

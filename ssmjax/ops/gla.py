@@ -81,7 +81,8 @@ def gated_linear_attention(
       What is not finite in one document reaches no other. (Without ids, NaN at
       a token may reach the tokens before it in its chunk.)
     implementation: `"reference"` (a loop over tokens) or `"chunked"`; None is
-      chunked. Both have reverse-mode derivatives of any order.
+      chunked. Both have reverse-mode derivatives of any order, the loop
+      forward-mode ones too.
 
   Returns:
     y `[B, T, H, V]` of v's dtype, and the state after the last non-padding
@@ -90,6 +91,7 @@ def gated_linear_attention(
 
   Raises:
     ValueError: an argument of the wrong shape or dtype.
+    NotImplementedError: chunks in forward mode (jvp, jacfwd, linearize).
 
   Source: Yang et al. 2024 (arXiv 2312.06635), Eq. 3 and §4; bonus: Peng et al.
   2024 (arXiv 2404.05892), Eq. 16; RetNet: Sun et al. 2023 (arXiv 2307.08621),
@@ -207,7 +209,10 @@ def _gated_linear_attention(*arrays, scale, implementation):
     log_a = _spread(log_a, k, state.dtype)
     masks = segment_masks(segment_ids)
     half = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
-    y, state = gla_chunked(q, k, v, log_a, bonus, state, *masks, half=half)
+    y, state = gla_chunked(
+      q, k, v, log_a, bonus, state, *masks, half=half,
+      op="gated_linear_attention",
+    )  # fmt: skip
     return (y * scale).astype(v.dtype), state
 
   log_a = arrays[3]

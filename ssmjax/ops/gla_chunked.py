@@ -20,6 +20,7 @@ from ssmjax.ops.gla_passes import (
   forward_in_turn,
 )
 from ssmjax.ops.quarantine import document_of, reached, take_out
+from ssmjax.ops.reverse_only import reverse_only
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import Array, Bool, Float
 
@@ -40,6 +41,7 @@ def gla_chunked(
   restart: Bool[Array, "B T"] | None,
   *,
   half: bool,
+  op: str,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Run the private contract of `gla` and `ssd`: y and the final state.
 
@@ -47,11 +49,12 @@ def gla_chunked(
   for a decay by key or a bonus). Everything is computed and returned in the
   state's dtype; padded tokens may hold anything and their y is 0. With `half`
   products are of the platform's default precision, which is as much as
-  arguments in bfloat16 hold.
+  arguments in bfloat16 hold. `op` is the public function, for its errors.
   """
   precision = lax.Precision.DEFAULT if half else lax.Precision.HIGHEST
   args = match_varying(q, k, v, log_a, bonus, state, valid, restart)
-  return _scan(precision, *args)
+  mark = functools.partial(reverse_only, op)
+  return _scan(precision, *jax.tree.map(mark, args[:6]), *args[6:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

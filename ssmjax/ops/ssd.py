@@ -81,7 +81,8 @@ def ssd(
     segment_ids: `[B, T]` int, 1-based, 0 for padding: see `selective_scan`.
       What is not finite in one document reaches no other.
     implementation: `"reference"` (a loop over tokens) or `"chunked"`; None is
-      chunked. Both have reverse-mode derivatives of any order.
+      chunked. Both have reverse-mode derivatives of any order, the loop
+      forward-mode ones too.
 
   Returns:
     y `[B, T, H, P]` of x's dtype, and the state after the last non-padding
@@ -90,6 +91,7 @@ def ssd(
 
   Raises:
     ValueError: an argument of the wrong shape or dtype.
+    NotImplementedError: chunks in forward mode (jvp, jacfwd, linearize).
 
   Source: Dao & Gu 2024 (arXiv 2405.21060), Eq. 1 and §6; polarization: Wang et
   al. 2025 (arXiv 2501.00658), §4.3.
@@ -272,7 +274,7 @@ def _chunked(
   turn = lambda state: jnp.swapaxes(state, -1, -2)
   y, state = gla_chunked(
     C, B, v, log_a, None, turn(state), valid, restart,
-    half=x.dtype == B.dtype == C.dtype == jnp.bfloat16,
+    half=x.dtype == B.dtype == C.dtype == jnp.bfloat16, op="ssd",
   )  # fmt: skip
   y = _finish(y, x_wide, D, z, dtype)
   return _where(valid, y).astype(y_dtype), turn(state)

@@ -1,0 +1,57 @@
+"""An error that says the way out where forward mode meets a custom backward.
+
+JAX refuses a jvp of a `custom_vjp` function too, but late and without a name.
+"""
+
+import functools
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from ssmjax.types import Array
+
+__all__ = ["reverse_only"]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def reverse_only(op: str, x: Array) -> Array:
+  """Return x, whose tangents can be transposed but not computed.
+
+  Reverse mode transposes the mark on a tangent away; in forward mode it is
+  what comes first, and raises. Derivatives of what reverse mode computes are
+  not concerned, forward ones included.
+
+  Args:
+    op: the function's name, and what it is to do in place, for the message.
+    x: an argument of a function with a backward of its own.
+
+  Raises:
+    NotImplementedError: a tangent of x is computed, when it is lowered.
+  """
+  return x
+
+
+@reverse_only.defjvp
+def _mark_tangent(op, primals, tangents):
+  # The value goes on without a mark: what comes next has all derivatives.
+  return primals[0], _tangent_p.bind(tangents[0], op=op)
+
+
+_tangent_p = Primitive("ssmjax_reverse_only")
+_tangent_p.def_abstract_eval(lambda x, *, op: x)
+ad.deflinear2(_tangent_p, lambda ct, x, *, op: [ct])
+
+
+def _refuse(*_, op):
+  raise NotImplementedError(
+    f"{op}: forward-mode derivatives (jvp, jacfwd, linearize) go through the"
+    " reference alone. Pass implementation='reference', or use reverse mode"
+    " (grad, vjp, jacrev)."
+  )
+
+
+_tangent_p.def_impl(_refuse)
+# As for JAX's own: reverse mode under `vmap` transposes it unbatched.
+batching.primitive_batchers[_tangent_p] = _refuse
+mlir.register_lowering(_tangent_p, lambda ctx, x, *, op: _refuse(op=op))
