@@ -1,7 +1,6 @@
 """Every test runs on eight CPU devices, with warnings as errors."""
 
 import gc
-import os
 import tempfile
 
 import jax
@@ -14,17 +13,14 @@ gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_configure(config):
-  """What one test, worker or child process compiled, the others load."""
-  if "PYTEST_XDIST_WORKER" not in os.environ:
-    folder = tempfile.TemporaryDirectory(prefix="ssmjax-tests-")
-    config.add_cleanup(folder.cleanup)
-    for option, value in {
-      "jax_compilation_cache_dir": folder.name,
-      "jax_persistent_cache_min_compile_time_secs": 0.0,
-      "jax_persistent_cache_min_entry_size_bytes": -1,
-    }.items():
-      os.environ[option.upper()] = str(value)
-      jax.config.update(option, value)
+  """What one test compiled, the next ones load."""
+  # Not shared: jax writes entries in place, so that another process could read
+  # half of one, or be left half of one by a child that a test kills.
+  folder = tempfile.TemporaryDirectory(prefix="ssmjax-tests-")
+  config.add_cleanup(folder.cleanup)
+  jax.config.update("jax_compilation_cache_dir", folder.name)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture
