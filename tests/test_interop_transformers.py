@@ -28,6 +28,7 @@ from ssmjax.interop.tensor_files import read_tensors
 from ssmjax.models import AttentionConfig, LanguageModel, ModelConfig
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")
+LATE = pytest.mark.nightly
 FAMILIES = ("gpt_neox", "mistral", "recurrentgemma")
 
 
@@ -76,13 +77,22 @@ def loss(model, tokens):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformer_gives_published_logits_and_gradients(family, tmp_path):
+def test_transformer_gives_published_logits(family, tmp_path):
   golden = published(family)
-  folder = folder_of(family, tmp_path)
-  model = load_pretrained(folder)
-  tokens = jnp.asarray(golden["tokens"])
-  assert rms_error(forward(model, tokens), golden["logits"]) <= 1e-5
-  found, grads = loss(model, tokens)
+  model = load_pretrained(folder_of(family, tmp_path))
+  logits = forward(model, jnp.asarray(golden["tokens"]))
+  assert rms_error(logits, golden["logits"]) <= 1e-5
+
+
+# By day the one that has most: groups, a window, a gated MLP.
+@pytest.mark.parametrize(
+  "family",
+  ["mistral", *(pytest.param(n, marks=LATE) for n in FAMILIES if n[0] != "m")],
+)
+def test_transformer_gives_published_gradients(family, tmp_path):
+  golden = published(family)
+  model = load_pretrained(folder_of(family, tmp_path))
+  found, grads = loss(model, jnp.asarray(golden["tokens"]))
   assert rms_error(found, golden["loss"]) <= 1e-5
   # A gradient lies where its weight does: written, it has published names.
   # What a norm has beyond 1 is a number of another kind.
