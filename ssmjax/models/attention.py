@@ -318,7 +318,9 @@ def _append(state, k, v, segment, position, valid, window):
   slot = jnp.where(kept, slot, state.keys.shape[1])
   rows = jnp.arange(k.shape[0])[:, None]
   write = lambda old, new: old.at[rows, slot].set(
-    new.astype(old.dtype), mode="drop", out_sharding=_explicit(old)
+    new.astype(old.dtype),
+    mode="drop",
+    out_sharding=_explicit(old) or _explicit(new),
   )
   return AttentionState(write(state.keys, k), write(state.values, v), length)
 

@@ -5,6 +5,8 @@ function of `ssmjax.ops` that runs it over time, and `polarizes`, whose decays
 its polarization holds; None where there is none.
 """
 
+from typing import Any
+
 from ssmjax.models.attention import AttentionConfig
 from ssmjax.models.cema import CEMAConfig
 from ssmjax.models.channel_mix import RWKVChannelMixConfig
@@ -28,7 +30,7 @@ from ssmjax.models.ttt import TTTLinearConfig
 
 __all__ = ["MIXERS"]
 
-MIXERS = {
+MIXERS: dict[str, Any] = {
   "mamba": MambaConfig,
   "mamba2": Mamba2Config,
   "longhorn": LonghornConfig,

@@ -27,6 +27,7 @@ __all__ = [
   "check_sizes",
   "clear_padding",
   "dense",
+  "fresh_state",
   "linear_weight",
   "normal",
   "output_weight",
@@ -152,6 +153,16 @@ def check_exact(function: str, polarization: Polarization | None) -> None:
       f" {polarization.zero_decay!r}, expected 'exact': the compatibility"
       " modes are S6's."
     )
+
+
+def fresh_state(mixer, x: Float[Array, "B *T M"]):
+  """The state of a mixer before any token, its rows divided as those of x."""
+  state = mixer.init_state(x.shape[0])
+  sharding = jax.typeof(x).sharding
+  if not sharding.mesh.explicit_axes:
+    return state
+  rows = jax.NamedSharding(sharding.mesh, jax.P(sharding.spec[0]))
+  return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, rows), state)
 
 
 def clear_padding(

@@ -192,7 +192,7 @@ class LinearAttention(MatrixMixer):
     q, k, v = parts
     q, k = (self._features(p, i).astype(x.dtype) for i, p in enumerate((q, k)))
     if self.config.normalize:
-      v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], -1)
+      v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
     return q, k, v, None, None
 
   def _features(self, x, of_keys):

@@ -16,6 +16,7 @@ from ssmjax.models.layers import (
   check_sizes,
   clear_padding,
   dense,
+  fresh_state,
   linear_weight,
   output_weight,
 )
@@ -196,7 +197,7 @@ class MLSTM(nnx.Module):
     """
     check_mixer("MLSTM", x, segment_ids, self.d_model)
     if state is None:
-      state = self.init_state(x.shape[0])
+      state = fresh_state(self, x)
     q, k, v, o, log_i, log_f = self._before_scan(x, segment_ids)
     valid, restart = segment_masks(segment_ids)
     floored = jnp.maximum(log_i, 0)

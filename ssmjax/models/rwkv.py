@@ -16,6 +16,7 @@ from ssmjax.models.layers import (
   check_sizes,
   clear_padding,
   dense,
+  fresh_state,
   linear_weight,
   output_weight,
 )
@@ -194,7 +195,7 @@ class _RWKV(nnx.Module):
     """
     check_mixer(type(self).__name__, x, segment_ids, self.d_model)
     if state is None:
-      state = self.init_state(x.shape[0])
+      state = fresh_state(self, x)
     r, k, v, g, log_a, last = self._before_scan(x, state.shift, segment_ids)
     y, memory = ops.gated_linear_attention(
       r, k, v, log_a, bonus=self.bonus[...], initial_state=state.memory,
@@ -241,7 +242,7 @@ class _RWKV(nnx.Module):
     bonus, then norm, gate and W_o.
     """
     check_mixer(f"{type(self).__name__}.recurrence", x, None, self.d_model)
-    state = self.init_state(x.shape[0])
+    state = fresh_state(self, x)
     r, k, v, g, log_a, _ = self._before_scan(x, state.shift, None)
     r, k, v = (value.astype(jnp.float32) for value in (r, k, v))
     write = k[..., None] * v[..., None, :]

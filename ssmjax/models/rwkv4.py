@@ -15,6 +15,7 @@ from ssmjax.models.layers import (
   check_sizes,
   clear_padding,
   dense,
+  fresh_state,
   linear_weight,
   output_weight,
 )
@@ -165,7 +166,7 @@ class RWKV4(nnx.Module):
     """
     check_mixer("RWKV4", x, segment_ids, self.d_model)
     if state is None:
-      state = self.init_state(x.shape[0])
+      state = fresh_state(self, x)
     k, v, r, last = self._before_scan(x, state.shift, segment_ids)
     valid, restart = segment_masks(segment_ids)
     sums = _sums(state)
@@ -234,7 +235,7 @@ class RWKV4(nnx.Module):
     A_t depends on token t alone, do not speak of it; those on smoothing do.
     """
     check_mixer("RWKV4.recurrence", x, None, self.d_model)
-    state = self.init_state(x.shape[0])
+    state = fresh_state(self, x)
     k, v, r, _ = self._before_scan(x, state.shift, None)
     log_a = self._log_decay()[None, None]
     peak = running_maximum(log_a, k, state.peak)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ssmjax.ops.partition import divided
 from ssmjax.ops.segments import segment_masks
 from ssmjax.types import (
   Array,
@@ -115,6 +116,14 @@ def _token(state, x, valid, restart, weight, bias):
 
 @jax.jit
 def _causal_conv(x, weight, bias, initial_state, segment_ids):
+  # What explicit shardings say; others the compiler divides by itself.
+  return divided(
+    _over_time, (x, weight, bias, initial_state, segment_ids),
+    ("rtd", "_d", "d", "r_d", "rt"), ("rtd", "r_d"), only_typed=True,
+  )  # fmt: skip
+
+
+def _over_time(x, weight, bias, initial_state, segment_ids):
   y_dtype, length = x.dtype, x.shape[1]
   width = weight.shape[0]
   state = _initial(x, weight, initial_state)

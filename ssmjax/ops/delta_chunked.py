@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ssmjax.ops.varying import match_varying
+
 __all__ = ["delta_rule_chunked"]
 
 CHUNK = 64  # Tokens that one triangular system takes, a power of two.
@@ -202,6 +204,7 @@ def _factors(tokens, parts, dtype):
   k_down = jnp.where(sees, beta[..., None] * k, 0)
   k_up = jnp.where(leaves, k, 0)
   total = jnp.broadcast_to(parts["stays"], k.shape[:3]).astype(dtype)
+  total, _ = match_varying(total, k)  # A constant without ids and decays.
   if tokens["log_a"] is not None:
     log_a = tokens["log_a"].astype(dtype)
     between = _segment_sums(log_a)

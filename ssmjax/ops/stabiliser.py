@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssmjax.ops.partition import divided
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import Array, Bool, Float
 
@@ -37,6 +38,15 @@ def running_maximum(
     restart: True where m₀ and all before are forgotten.
   """
   log_a, b, initial = map(lax.stop_gradient, (log_a, b, initial))
+  word = "rtd____"
+  return divided(
+    _running_maximum, (log_a, b, initial, valid, restart),
+    (word, word, "rd____", "rt", "rt"), (word[: b.ndim],), only_typed=True,
+  )[0]  # fmt: skip
+
+
+def _running_maximum(log_a, b, initial, valid, restart):
+  """Of each device's part."""
   wide = lambda mask: lax.expand_dims(mask, range(2, b.ndim))
   log_a = jnp.where(jnp.isnan(log_a), -jnp.inf, log_a)
   # False for NaN too.
@@ -50,7 +60,7 @@ def running_maximum(
   m = lax.platform_dependent(
     *match_varying(log_a, b, initial), cpu=_loop, default=_associative
   )
-  return jnp.maximum(m, FLOOR)
+  return (jnp.maximum(m, FLOOR),)
 
 
 def _loop(log_a, b, initial):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssmjax.ops.partition import divided
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.ttt_windows import TTTState, inner_output, inner_slope, windows
 from ssmjax.ops.varying import match_varying
@@ -238,6 +239,31 @@ def _token(learner, state, q, k, v, rate, valid, restart):
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def _ttt_linear(
+  q, k, v, rate, learner, initial_state, segment_ids, *, implementation
+):
+  """The op of each device's part, if there are several."""
+  words = ("rdpp", "rdp", "rdpp", "rdp", "r")
+  arrays, tree = jax.tree.flatten(initial_state)
+
+  def part(q, k, v, rate, segment_ids, *arrays):
+    learner = TTTLearner(*arrays[: len(TTTLearner._fields)])
+    state = jax.tree.unflatten(tree, arrays[len(learner) :])
+    y, state = _part(
+      q, k, v, rate, learner, state, segment_ids, implementation=implementation
+    )
+    return y, *state
+
+  # The heads are what `divided` calls channels.
+  y, *state = divided(
+    part, (q, k, v, rate, segment_ids, *learner, *arrays),
+    ("rtdp", "rtdp", "rtdp", "rtd", "rt", "dpp", "dp", "dp", "dp", "_",
+     *words[: len(arrays)]),
+    ("rtdp", *words), only_typed=True,
+  )  # fmt: skip
+  return y, TTTState(*state)
+
+
+def _part(
   q, k, v, rate, learner, initial_state, segment_ids, *, implementation
 ):
   if implementation == "reference":
