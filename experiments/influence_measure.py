@@ -12,7 +12,7 @@ from experiments.subjects import learned_states, recurrences, show
 from ssmjax import diagnostics, models, theory
 from ssmjax.types import Array, Float, Int
 
-__all__ = ["measure_influence", "numbers"]
+__all__ = ["influence_slope", "measure_influence", "numbers"]
 
 # Gradients are taken of outputs times 2⁸⁰, which rounds nothing and keeps small
 # ones above float32's least; below e^FLOOR they would not be to be trusted.
@@ -56,14 +56,9 @@ def measure_influence(
   """
   length = tokens.shape[1]
   shown = show(model, tokens)
-  function = jax.tree_util.Partial(_scaled_features, model, tokens)
-  at = np.unique(np.linspace(length // 2, length - 1, times).astype(int))
-  found = diagnostics.influence(
-    function, shown["embeddings"], [int(t) for t in at],
-    probes=probes, batch_size=8, progress=progress,
-  )  # fmt: skip
-  curve = diagnostics.lag_curve(found)
-  log_score = curve.log_score - _SCALE * math.log(2)
+  found, curve, log_score = _curve(
+    model, tokens, shown["embeddings"], times, probes, progress
+  )
   with np.errstate(divide="ignore"):
     last = 0.5 * np.log(found.squared[-1]).mean(0)[::-1]
   last = last - np.logaddexp.reduce(last)
@@ -98,6 +93,19 @@ def measure_influence(
     "eq1": layers,
     "two_sided": _two_sided(model, shown["mixer_input"]) if two_sided else None,
   }
+
+
+def influence_slope(
+  model: models.LanguageModel,
+  tokens: Int[Array, "B T"],
+  *,
+  times: int,
+  probes: int,
+) -> dict[str, Any] | None:
+  """As `measure_influence`, of which it is the `slope` alone: of any model."""
+  embeddings = show(model, tokens)["embeddings"]
+  _, curve, log_score = _curve(model, tokens, embeddings, times, probes, None)
+  return fit_slopes(curve.lags, log_score, _convolutions(model), None)
 
 
 def fit_slopes(
@@ -156,6 +164,19 @@ def numbers(value: Any) -> Any:
 
 def _digits(value: float) -> float | None:
   return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _curve(model, tokens, embeddings, times, probes, progress):
+  """All influences, their mean by lag, and its logarithm, unscaled."""
+  length = tokens.shape[1]
+  function = jax.tree_util.Partial(_scaled_features, model, tokens)
+  at = np.unique(np.linspace(length // 2, length - 1, times).astype(int))
+  found = diagnostics.influence(
+    function, embeddings, [int(t) for t in at],
+    probes=probes, batch_size=8, progress=progress,
+  )  # fmt: skip
+  curve = diagnostics.lag_curve(found)
+  return found, curve, curve.log_score - _SCALE * math.log(2)
 
 
 def _scaled_features(model, tokens, embeddings):

@@ -8,6 +8,7 @@ Commands::
 
   python -m experiments.recall                      # preset cpu: minutes
   python -m experiments.recall --preset smoke       # under a minute
+  python -m experiments.recall --preset zoo         # every kind of mixer
   python -m experiments.recall --preset paper --rows both-4 --minutes 60
 
 Cost: preset cpu, at most 8 minutes on 2 cores; preset paper, some 150,500 steps
@@ -22,7 +23,7 @@ import functools
 import json
 import pathlib
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments import recall_report
+from experiments import recall_report, recall_zoo
 from experiments.recall_settings import (
   Row,
   Setting,
@@ -51,8 +52,9 @@ class Arguments:
   """Train the rows of the recall table and report them.
 
   Attributes:
-    preset: smoke (under a minute), cpu (minutes, toy scale), paper (Table
-      2/5), paper-short (its models, a few epochs).
+    preset: smoke (under a minute), cpu (minutes, toy scale), zoo (cpu's task
+      for every kind of mixer, plain and polarized), paper (Table 2/5),
+      paper-short (its models, a few epochs).
     out: folder for runs, results, table and plot; by default
       runs/recall/<preset and what is changed of it>.
     rows: train and report these rows only.
@@ -69,7 +71,7 @@ class Arguments:
     report_only: draw table and plot from the results that are there.
   """
 
-  preset: Literal["smoke", "cpu", "paper", "paper-short"] = "cpu"
+  preset: Literal["smoke", "cpu", "zoo", "paper", "paper-short"] = "cpu"
   out: pathlib.Path | None = None
   rows: tuple[str, ...] | None = None
   seeds: tuple[int, ...] = (0,)
@@ -183,13 +185,14 @@ def run_row(
     minutes=minutes,
   )
   print(f"\n{row.name}, seeds {', '.join(map(str, seeds))} ({made.label})")
+  folder = out / row.name / f"seeds-{'-'.join(map(str, seeds))}"
   result = training.fit(
     lambda seed: models.LanguageModel(config, rngs=nnx.Rngs(seed)),
     models.labelled_loss,
     _optimizer(made, stream),
     stream,
     fit_config,
-    out / row.name / f"seeds-{'-'.join(map(str, seeds))}",
+    folder,
     settings=identity(made, row),
     evaluate=lambda model, step: _accuracies(made, model),
   )
@@ -210,6 +213,7 @@ def run_row(
         "parameters": sum(x.size for x in jax.tree.leaves(model)),
         "accuracy": {k: v["accuracy"] for k, v in score.items()},
         "distance": {k: v["distance"] for k, v in score.items()},
+        **_of_the_kind(made, row, seed, model, folder),
         **origin,
       },
     )
@@ -224,6 +228,13 @@ def _run(made, row, seeds, out, minutes) -> bool:
     return run_row(made, row, seeds, out, minutes=minutes)
   except ValueError as error:
     raise SystemExit(f"recall: {error} Or choose another --out.") from error
+
+
+def _of_the_kind(made, row, seed, model, folder) -> dict[str, Any]:
+  """What the zoo's table has of a row beside its accuracy."""
+  if isinstance(row.mixer, str):
+    return {}
+  return {"zoo": recall_zoo.facts(made, row, seed, model, folder)}
 
 
 def _is_done(out, made, row, seed) -> bool:

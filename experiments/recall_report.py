@@ -8,6 +8,7 @@ import os
 import pathlib
 from typing import Any
 
+from experiments import recall_zoo_report
 from experiments.compare import deviation, gain, mean
 from experiments.recall_settings import PAPER_TABLE, Setting, identity
 from experiments.results import write_json, write_text
@@ -39,10 +40,17 @@ def report(out: pathlib.Path, made: Setting, preset: str) -> None:
     out / "results.json",
     {"label": made.label, "preset": preset, "pairs": pairs, "rows": rows},
   )
-  text = _table(rows, pairs, made.label, theirs=preset.startswith("paper"))
+  if preset == "zoo":
+    text = recall_zoo_report.table(rows, pairs, made.label)
+  else:
+    text = _table(rows, pairs, made.label, theirs=preset.startswith("paper"))
   write_text(out / "table.md", text)
   print("\n" + text)
-  _plot(rows, pairs, made.label, out / "recall.png", preset)
+  if preset == "zoo":
+    chance = 200 / made.vocab_size
+    recall_zoo_report.plot(rows, pairs, made.label, chance, out / "recall.png")
+  else:
+    _plot(rows, pairs, made.label, out / "recall.png", preset)
   print(f"Written: {out}/table.md, {out}/recall.png, {out}/results.json")
 
 
@@ -68,6 +76,7 @@ def _collect(out: pathlib.Path, made: Setting) -> list[dict[str, Any]]:
       "commit",
       "device",
       "versions",
+      "zoo",
     ]
     rows.append(
       {
@@ -75,7 +84,10 @@ def _collect(out: pathlib.Path, made: Setting) -> list[dict[str, Any]]:
         "layers": row.layers,
         "polarized": row.polarization is not None,
         "parameters": results[0]["parameters"],
-        "runs": [{key: result[key] for key in keys} for result in results],
+        "runs": [
+          {key: result[key] for key in keys if key in result}
+          for result in results
+        ],
       }
     )
   return rows

@@ -12,7 +12,7 @@ from experiments.subjects import learned_states, recurrences, show
 from ssmjax import diagnostics, models, theory
 from ssmjax.types import Array, Float, Int
 
-__all__ = ["GRID", "measure_smoothing"]
+__all__ = ["GRID", "measure_smoothing", "output_sharpness"]
 
 # Of A_max - A_min, for the cumulative histogram.
 GRID = np.linspace(0, 1, 51, dtype=np.float32)
@@ -43,12 +43,6 @@ def measure_smoothing(
     of all channels at or below `GRID`, of learned states.
   """
   shown = show(model, tokens)
-  outputs = [
-    jax.device_get(_outputs(mixer, block))
-    for mixer, block in zip(
-      shown["mixer_output"], shown["block_output"], strict=True
-    )
-  ]
   layers: list[dict[str, Any] | None] = []
   spreads: dict[str, list[np.ndarray]] = {"spread": [], "token_spread": []}
   layer = functools.partial(_layer, pairs)
@@ -68,10 +62,29 @@ def measure_smoothing(
   return {
     "tokens": tokens.shape[1],
     "input": _plain(jax.device_get(_sharpness(shown["embeddings"]))),
-    "mixer": [_plain(mixer) for mixer, _ in outputs],
-    "block": [_plain(block) for _, block in outputs],
+    **_output_sharpness(shown),
     "eq1": layers,
     **{name: share(v) if v else None for name, v in spreads.items()},
+  }
+
+
+def output_sharpness(
+  model: models.LanguageModel, tokens: Int[Array, "B T"]
+) -> dict[str, Any]:
+  """As `measure_smoothing`, its `mixer` and `block` alone: of any model."""
+  return _output_sharpness(show(model, tokens))
+
+
+def _output_sharpness(shown):
+  outputs = [
+    jax.device_get(_outputs(mixer, block))
+    for mixer, block in zip(
+      shown["mixer_output"], shown["block_output"], strict=True
+    )
+  ]
+  return {
+    "mixer": [_plain(mixer) for mixer, _ in outputs],
+    "block": [_plain(block) for _, block in outputs],
   }
 
 
