@@ -52,8 +52,8 @@ class Arguments:
   """Train the rows of the recall table and report them.
 
   Attributes:
-    preset: smoke (under a minute), cpu (minutes, toy scale), zoo (cpu's task
-      for every kind of mixer, plain and polarized), paper (Table 2/5),
+    preset: smoke (under a minute), cpu (minutes, toy scale), zoo (every
+      kind of mixer, plain and polarized), paper (Table 2/5),
       paper-short (its models, a few epochs).
     out: folder for runs, results, table and plot; by default
       runs/recall/<preset and what is changed of it>.

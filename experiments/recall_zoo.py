@@ -32,7 +32,7 @@ BOTH = Polarization(ones=1, zeros=1)
 # layer (convolutions and normalisers aside) is 128 channels of 8 (Mamba), 64 of
 # 8 complex ones (S4D), or 4 heads of 16 by 16. A recurrence with one number a
 # channel has its 64 or 128 and no more; attention's keys and values of 32
-# tokens are 4096, Hyena's past likewise.
+# tokens are 4096, Hyena's past of one product 1984.
 SIZES: dict[str, dict[str, Any]] = {
   "s4d": {"d_state": 8},
   "dss": {"d_state": 8},

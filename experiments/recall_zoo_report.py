@@ -35,9 +35,9 @@ def table(rows: list[dict[str, Any]], pairs: list[int], label: str) -> str:
   for kind, (plain, both) in _kinds(rows).items():
     cells = ["", "", ""]
     if shown := plain or both:
-      fastest = mean([run["zoo"]["tokens_per_second"] for run in shown["runs"]])
+      speed = mean([run["zoo"]["tokens_per_second"] for run in shown["runs"]])
       state = shown["runs"][0]["zoo"]["state"]
-      cells = [f"{shown['parameters']:,}", f"{state:,}", f"{fastest:,.0f}"]
+      cells = [f"{shown['parameters']:,}", f"{state:,}", f"{speed:,.0f}"]
     cells += [*_cells(plain, pairs), *_cells(both, pairs)]
     lines.append(f"| {kind} | " + " | ".join(cells) + " |")
   return "\n".join([*lines, "", *_NOTES, ""])

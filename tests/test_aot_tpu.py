@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.static_cases import CHIPS, Case, build
 from experiments.static_tpu import kernel_calls
@@ -210,6 +211,16 @@ def case(chip, op, program, dtype, batch=1):
   if op == "linear_scan":
     return Case(chip, op, program, dtype, shape)
   return Case(chip, op, program, dtype, (*shape, 16), "mamba")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+  """What is compiled for a chip that is not there cannot be loaded again."""
+  for on in (False, True):
+    jax.config.update("jax_enable_compilation_cache", on)
+    compilation_cache.reset_cache()
+    if not on:
+      yield
 
 
 def compile_case(wanted, implementation="pallas"):

@@ -46,6 +46,7 @@ from ssmjax.models import (
   S4DConfig,
   TTTLinearConfig,
 )
+from ssmjax.models.kinds import MIXERS
 from ssmjax.types import Polarization
 
 BOTH = Polarization(ones=1, zeros=1)
@@ -85,6 +86,7 @@ MODELS = {
   "mingru": MinGRUConfig(expand=2, init="authors"),
   "mingru_bf16": MinGRUConfig(candidate="linear", dtype=jnp.bfloat16),
   "minlstm_both": MinLSTMConfig(d_conv=4, polarization=BOTH),
+  "minlstm_bf16": MinLSTMConfig(polarization=REPLACED, dtype=jnp.bfloat16),
   "rwkv4_both": RWKV4Config(polarization=BOTH),
   "rwkv4_bf16": RWKV4Config(dtype=jnp.bfloat16),
   "rwkv5_both": RWKV5Config(2, polarization=BOTH, init="authors"),
@@ -168,14 +170,8 @@ NIGHTLY = {
   *("mamba", "mamba_replaced", "mamba_authors", "attention_bf16"),
   *("mamba2_bf16", "longhorn_bf16", "attention_grouped"),
   *("rglru", "rglru_bf16", "mingru", "mingru_bf16"),
-  *(
-    "mlstm_bf16",
-    "rwkv4_bf16",
-    "rwkv5_bf16",
-    "rwkv6_bf16",
-    "rwkv_channel_mix_bf16",
-  ),
-  *("rwkv4_bf16", "rwkv_channel_mix_bf16"),
+  *("mlstm_bf16", "rwkv4_bf16", "rwkv5_bf16", "rwkv6_bf16"),
+  *("rwkv_channel_mix_bf16", "minlstm_bf16"),
   *("linear_attention_bf16", "retnet_bf16", "gla_bf16", "hgrn2_bf16"),
   *("h3_bf16", "lmu_bf16", "s4_bf16", "s4_convolution"),
   *("s4d_real", "s4d_bf16", "dss_bf16"),
@@ -233,6 +229,15 @@ def table(only=None, models=MODELS):
       for name in models
     ],
   )
+
+
+def test_table_has_every_kind_and_no_name_that_is_not_there():
+  by_day = [MODELS[name] for name in MODELS.keys() - NIGHTLY]
+  narrow = [row for row in MODELS.values() if row.dtype == jnp.bfloat16]
+  for rows in (by_day, narrow):
+    assert {type(row) for row in rows} >= set(MIXERS.values())
+  for names in (NIGHTLY, OVER, LONG, TRANSFORMED):
+    assert MODELS.keys() >= names
 
 
 @table()
@@ -376,6 +381,7 @@ def test_mixer_shows_its_recurrence_or_says_why_it_has_none(name):
 
   # It leaves one jit and enters another: a recurrence is a pytree.
   eq1 = quick_jit(lambda model, x: model.recurrence(x))(model, x)
+  assert eq1.a.shape == eq1.b.shape
   y = jnp.moveaxis(literal(eq1), 0, 1)
   close(name, y[:2], run(model, x, None, None)[0][:2])
 

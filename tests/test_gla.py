@@ -274,6 +274,23 @@ def test_forward_mode_through_chunks_is_refused_by_name(way):
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
+def test_gradient_of_a_vmap_is_that_of_a_loop():
+  x = jax.random.normal(jax.random.key(0), (3, 1, 9, 2, 4))
+  log_a = -jnp.abs(x[..., 0])
+
+  def total(x, over):
+    one = lambda x, a: gated_linear_attention(x, x, x, a)[0]
+    y = over(one)(x, log_a)
+    return jnp.square(y).sum()
+
+  loop = lambda f: (
+    lambda *xs: jnp.stack([f(*row) for row in zip(*xs, strict=True)])
+  )
+  wanted = quick(jax.grad(total), static_argnums=1)(x, loop)
+  actual = quick(jax.grad(total), static_argnums=1)(x, jax.vmap)
+  assert_close(actual, wanted)
+
+
 def test_forward_mode_of_the_loop_and_of_all_gradients_is_right():
   args = cast(make(1, 6, decay="token"))
   k = args["k"]

@@ -136,8 +136,7 @@ def test_pickle_is_only_opened_by_the_weights_only_reader(
     with np.load(path) as arrays:
       return {name: FakeTensor(array) for name, array in arrays.items()}
 
-  torch = types.SimpleNamespace(load=load, bfloat16="bf16", int16="int16")
-  monkeypatch.setitem(sys.modules, "torch", torch)
+  monkeypatch.setitem(sys.modules, "torch", fake_torch(load))
   folder = checkpoint(tmp_path, HF, {})
   (folder / "model.safetensors").unlink()
   with open(folder / "pytorch_model.bin", "wb") as file:
@@ -154,6 +153,7 @@ def test_pickle_is_only_opened_by_the_weights_only_reader(
     (RuntimeError("failed finding central directory"), "not whole"),
     (OSError("Invalid argument"), "not whole"),
     ({"step": 7}, "holds step, which are no tensors"),
+    ([1.0], "holds a list, expected tensors by name"),
   ],
 )
 def test_pickle_of_more_than_tensors_is_refused(
@@ -164,11 +164,32 @@ def test_pickle_of_more_than_tensors_is_refused(
       raise held
     return held
 
-  monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+  monkeypatch.setitem(sys.modules, "torch", fake_torch(load))
   folder = checkpoint(tmp_path, HF, {})
   (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
   with pytest.raises(ValueError, match=message):
     load_pretrained(folder)
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cpu", "1.13.0", "2.5.1"])
+def test_pickle_is_not_given_to_a_reader_that_can_be_made_to_run_code(
+  tmp_path, monkeypatch, version
+):
+  def load(path, **options):
+    raise AssertionError("it was")
+
+  torch = fake_torch(load, version)
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  folder = checkpoint(tmp_path, HF, {})
+  (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+  with pytest.raises(ValueError, match=r"CVE-.*expected 2.10 or later"):
+    load_pretrained(folder)
+
+
+def fake_torch(load, version="2.10.0+cpu"):
+  return types.SimpleNamespace(
+    load=load, bfloat16="bf16", int16="int16", __version__=version
+  )
 
 
 def test_real_pytorch_file_gives_what_safetensors_gives(tmp_path):

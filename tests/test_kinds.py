@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,14 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from experiments.recall_zoo import BOTH, SIZES
-from ssmjax.models import LanguageModel, ModelConfig
+from ssmjax.models import (
+  Classifier,
+  ClassifierConfig,
+  LanguageModel,
+  ModelConfig,
+)
 from ssmjax.models.kinds import MIXERS
+from ssmjax.training import decay_mask
 
 KINDS = pytest.mark.parametrize("kind", MIXERS)
 TOKENS = jnp.arange(4 * 6).reshape(4, 6) % 16
@@ -56,6 +63,66 @@ def test_kind_is_trained_in_a_shard_map_without_segment_ids(kind):
   model = shapes_of(config_of(kind))
   grads = jax.eval_shape(train, model, TOKENS)
   assert jax.tree.structure(grads) == jax.tree.structure(model)
+
+
+def test_mlp_of_the_error_function_is_trained_in_a_shard_map():
+  mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
+  config = ModelConfig(16, 8, 1, mlp_ratio=2, mlp="gelu_exact")
+  train = jax.shard_map(
+    jax.grad(loss),
+    mesh=mesh,
+    in_specs=(jax.P(), jax.P("data")),
+    out_specs=jax.P(),
+  )
+  model = LanguageModel(config, rngs=nnx.Rngs(0))
+  text = jax.jit(train).lower(model, TOKENS).as_text()
+  assert "shard" in text
+
+
+def test_classifier_takes_tokens_on_explicit_shardings():
+  mesh = jax.make_mesh((2,), ("data",))
+  config = ClassifierConfig(3, 8, 1, vocab_size=16)
+  model = Classifier(config, rngs=nnx.Rngs(0))
+  on = lambda spec: lambda x: jax.device_put(x, NamedSharding(mesh, spec))
+  wanted = model(TOKENS)
+  actual = jax.tree.map(on(jax.P()), model)(on(jax.P("data"))(TOKENS))
+  assert jnp.allclose(jax.device_get(actual), wanted, atol=1e-5)
+
+
+# What multiplies activations; anything else of a mixer sets a time scale, a
+# mean of neighbours or a skip, whose zero is not neutral.
+_PULLED = re.compile(
+  r"C|gamma|(conv_)?weight|inner_weight|\w+_proj|\w+_(down|up)"
+  r"|filter_(in|hidden|out)|embedding"
+)
+
+
+@KINDS
+def test_weight_decay_pulls_on_projections_alone(kind):
+  marks = decay_mask(nnx.state(shapes_of(config_of(kind))))
+  last = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+  pulled = {
+    last(path).removesuffix(".value").rpartition(".")[2]
+    for path, mark in jax.tree.leaves_with_path(marks)
+    if mark
+  }
+  assert all(map(_PULLED.fullmatch, pulled)), pulled
+
+
+@pytest.mark.nightly
+@KINDS
+def test_kind_keeps_float32_where_float64_is_available(kind, x64):
+  model = LanguageModel(config_of(kind), rngs=nnx.Rngs(0))
+  kinds = lambda tree: jax.tree.map(lambda leaf: leaf.dtype, tree)
+  for path, leaf in jax.tree.leaves_with_path(model):
+    assert leaf.dtype == jnp.float32, path
+  tokens, state = TOKENS.astype(jnp.int32), model.init_state(4, 16)
+  run = lambda m, s: m(tokens, s)
+  step = lambda m, s: m.step(tokens[:, 0], s)
+  for apply in (run, step):
+    y, new = jax.eval_shape(apply, model, state)
+    assert kinds(new) == kinds(state)
+    assert y.dtype == jnp.float32
 
 
 @pytest.mark.nightly

@@ -35,6 +35,22 @@ def test_mlstm_gives_outputs_and_gradients_of_published_code():
   assert_close(named(grads), expected, jnp.float32)
 
 
+def test_packed_documents_of_gates_above_one_have_finite_gradients():
+  config = MLSTMConfig(1, 4, 4, forget_gate="exp", input_bias=0.0)
+  model = MLSTM(4, config, rngs=nnx.Rngs(0))
+  # exp(15 tanh(2)) a token: what six documents of a chunk multiply overflows.
+  bias = model.gate_bias[...]
+  model.gate_bias = nnx.Param(jnp.full_like(bias, 30.0))
+  x = jax.random.normal(jax.random.key(0), (1, 60, 4))
+  ids = jnp.arange(60)[None] // 3 + 1
+  loss = lambda m, x, ids: jnp.square(m(x, segment_ids=ids)[0]).sum()
+  packed = jax.grad(loss, (0, 1))(model, x, ids)
+  one = jax.vmap(lambda x: loss(model, x[None], None))
+  alone = jax.grad(lambda x: one(x.reshape(20, 3, 4)).sum())(x)
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(packed))
+  assert_close(packed[1], alone)
+
+
 @pytest.mark.parametrize(
   ("bias", "forget_gate", "implementation"),
   [

@@ -51,7 +51,7 @@ def test_one_channels_sum_and_zero_channels_forget_exactly(kind):
     return model.recurrence(jax.random.normal(key, (1, 5, 4)))
 
   eq1 = show(jax.random.key(0))
-  assert eq1.a.shape == (1, 5, 2, 4, 1)
+  assert eq1.a.shape == (1, 5, 2, 4, 2)
   assert (eq1.a[..., 0, :] == 1).all()
   assert (eq1.a[..., -1, :] == 0).all()
   inner = np.asarray(eq1.a[..., 1:-1, :])

@@ -13,7 +13,7 @@ from flax import nnx
 
 from ssmjax import ops, theory
 from ssmjax.models import DSSConfig, S4Config, S4DConfig
-from ssmjax.models.s4_block import gelu
+from ssmjax.models.gelu import gelu
 from ssmjax.types import Polarization
 
 GOLDEN = pathlib.Path(__file__).with_name("golden") / "s4.npz"

@@ -14,14 +14,18 @@ __all__ = ["find_folder", "list_tensors", "read_config"]
 _WHOLE = ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
 
 
-def find_folder(path: str | os.PathLike) -> pathlib.Path:
-  """Make sure that there is such a folder."""
+def find_folder(
+  path: str | os.PathLike,
+  function: str = "load_pretrained",
+  content: str = "config.json and the tensors",
+) -> pathlib.Path:
+  """Make sure that there is such a folder; its content is for the error."""
   folder = pathlib.Path(path)
   if not folder.is_dir():
     raise ValueError(
-      f"load_pretrained: {folder} is no folder, expected one with config.json"
-      " and the tensors. For a repository of the Hub, first"
-      " huggingface_hub.snapshot_download(name), which returns its folder."
+      f"{function}: {folder} is no folder, expected one with {content}. For a"
+      " repository of the Hub, first huggingface_hub.snapshot_download(name),"
+      " which returns its folder."
     )
   return folder
 

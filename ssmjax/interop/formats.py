@@ -81,9 +81,9 @@ class Format:
     matches: whether a configuration file is of this format.
     read_config: a configuration file's fields and the dtype of activations to
       the model's configuration.
-    mixer: the kind of layer that it holds; None where there is no way back.
+    mixer: the kind of layer that it holds.
     write_config: the way back, given the name of the weights' dtype; refuses
-      what the format cannot hold.
+      what the format cannot hold. None where there is no way back.
     tensors: of the model outside its layers.
     layer_tensors: of each layer, in which `{}` is its number.
     table: from the configuration and a layer's number, None for what is
@@ -104,7 +104,7 @@ class Format:
   title: str
   matches: Callable[[dict[str, Any]], bool]
   read_config: Callable[[dict[str, Any], Any], ModelConfig]
-  mixer: type | None = None
+  mixer: type
   write_config: Callable[[ModelConfig, str], dict[str, Any]] | None = None
   tensors: tuple[Tensor, ...] = ()
   layer_tensors: tuple[Tensor, ...] = ()

@@ -372,5 +372,5 @@ def _format(folder, fields) -> Format:
   raise NotImplementedError(
     f"load_pretrained: {folder} is of model_type {fields.get('model_type')!r}"
     f" and architectures {fields.get('architectures')!r}, expected"
-    f" {', '.join(f.title for f in FORMATS if f.mixer)}."
+    f" {', '.join(f.title for f in FORMATS)}."
   )

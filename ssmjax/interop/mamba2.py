@@ -283,7 +283,7 @@ FORMATS = (
     ),
     read_config=_mistral_config,
     head="model.lm_head.weight",
-    mixer=None,
+    mixer=Mamba2Config,
     **model_tensors((f"model.{EMBEDDING}",), _LAYER_TENSORS, "model."),
   ),
 )

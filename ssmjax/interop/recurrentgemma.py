@@ -98,8 +98,9 @@ def _fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
   reasons = []
   if len(set(config.mixers)) > len(kinds) or not {*kinds} <= {*_KINDS.values()}:
     reasons.append("layers other than of one RG-LRU and one attention")
-  if rglru.polarization is not None:
-    reasons.append(f"channels whose decay is not learned: {rglru.polarization}")
+  held = rglru.polarization
+  if held and (held.ones or held.zeros):
+    reasons.append(f"channels whose decay is not learned: {held}")
   if attention is not None:
     if attention.window is None or not attention.out_bias:
       reasons.append("attention without a window, or without a bias at its end")

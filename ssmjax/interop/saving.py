@@ -14,7 +14,7 @@ from ssmjax.interop.families import FORMATS
 from ssmjax.interop.formats import SAME, Tensor
 from ssmjax.interop.naming import layers, parameters
 from ssmjax.interop.tensor_files import TensorSpec, write_safetensors
-from ssmjax.models import LanguageModel
+from ssmjax.models import AttentionConfig, LanguageModel
 from ssmjax.types import check_choice
 
 __all__ = ["save_pretrained"]
@@ -50,7 +50,7 @@ def save_pretrained(
     ValueError: the folder is there and not empty; parameters that this process
       does not see whole; a format that is not known.
     NotImplementedError: what the format cannot hold, by name: polarized
-      channels, an MLP, learned positions, another final norm, attention.
+      channels, sizes or parts that its models do not have, other layers.
   """
   check_choice("save_pretrained", "format", format, ("hf", "native"))
   folder = pathlib.Path(path)
@@ -82,14 +82,25 @@ def save_pretrained(
 
 def _chosen(config, name):
   """The format of this name that holds layers of this kind."""
-  kind = type(config.mixers[0])
-  for format in FORMATS:
-    if format.name == name and format.mixer is kind and format.holds(config):
+  kinds = {type(mixer) for mixer in config.mixers}
+  fitting = [
+    format
+    for format in FORMATS
+    if format.mixer in kinds and format.write_config and format.holds(config)
+  ]
+  # RecurrentGemma's holds attention too, and may begin with it.
+  fitting.sort(key=lambda format: format.mixer is AttentionConfig)
+  for format in fitting:
+    if format.name == name:
       return format
   raise NotImplementedError(
-    f"save_pretrained: no published format is known for a model whose first"
-    f" mixer has a {kind.__name__}. Keep it as a checkpoint of"
-    " ssmjax.training."
+    f"save_pretrained: no published format that is called {name!r} is known for"
+    f" layers of {' and '.join(sorted(kind.__name__ for kind in kinds))}."
+    + (
+      f" Use format={fitting[0].name!r}."
+      if fitting
+      else " Keep the model as a checkpoint of ssmjax.training."
+    )
   )
 
 

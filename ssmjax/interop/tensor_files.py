@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -200,6 +201,10 @@ def _broken(path, why) -> ValueError:
   )
 
 
+# The first whose weights-only reader has no known way to run code.
+_SAFE_TORCH = (2, 10)
+
+
 def _read_pytorch(path) -> dict[str, np.ndarray]:
   """A file of `torch.save`, through the reader that runs no code."""
   try:
@@ -212,6 +217,15 @@ def _read_pytorch(path) -> dict[str, np.ndarray]:
       " model.safetensors: many repositories on the Hub have one beside it,"
       " or as a pull request."
     ) from error
+  version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+  if version < _SAFE_TORCH:
+    raise ValueError(
+      f"load_pretrained: {path.name} is a pickle, and the weights-only reader"
+      f" of PyTorch {torch.__version__} can be made to run code"
+      " (CVE-2025-32434, CVE-2026-24747), expected 2.10 or later. Install that"
+      " (pip install 'torch>=2.10'), or take a checkpoint that has"
+      " model.safetensors."
+    )
   options = {"map_location": "cpu", "weights_only": True}
   try:
     try:
@@ -230,6 +244,11 @@ def _read_pytorch(path) -> dict[str, np.ndarray]:
       f" {path.name}: it is not whole, or holds more than tensors, which"
       " loading would run as code. Take model.safetensors."
     ) from error
+  if not isinstance(tensors, Mapping):
+    raise ValueError(
+      f"load_pretrained: {path.name} holds a {type(tensors).__name__}, expected"
+      " tensors by name. Save the model's state_dict alone."
+    )
   odd = [name for name, x in tensors.items() if not hasattr(x, "detach")]
   if odd:
     raise ValueError(

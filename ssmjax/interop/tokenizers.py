@@ -26,7 +26,7 @@ def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
       whole.
     ImportError: the tokenizers library is not installed.
   """
-  folder = find_folder(path)
+  folder = find_folder(path, "load_tokenizer", "tokenizer.json")
   file = folder / "tokenizer.json"
   if not file.is_file():
     raise ValueError(
@@ -41,7 +41,7 @@ def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
   except ImportError as error:
     raise ImportError(
       "load_tokenizer: the tokenizers library is not installed. Install it:"
-      " pip install 'ssmjax[interop]'."
+      " pip install tokenizers."
     ) from error
   try:
     return tokenizers.Tokenizer.from_file(str(file))

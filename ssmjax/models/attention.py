@@ -160,7 +160,9 @@ class Attention(nnx.Module):
     self.out_proj = nnx.Param(
       draw(keys[1], (inner, d_model)) / math.sqrt(2 * n_layers)
     )
-    zeros = lambda n, there: nnx.Param(jnp.zeros(n)) if there else None
+    zeros = lambda n, there: (
+      nnx.Param(jnp.zeros(n, jnp.float32)) if there else None
+    )
     self.in_bias = zeros(wide, config.bias)
     self.out_bias = zeros(d_model, config.out_bias)
 

@@ -13,13 +13,14 @@ from ssmjax.models.config import (
   MixerConfig,
   ModelConfig,
 )
+from ssmjax.models.gelu import gelu
 from ssmjax.models.layers import (
   LayerNorm,
   RMSNorm,
   affine,
   linear_weight,
 )
-from ssmjax.types import Array, Float
+from ssmjax.types import Array, Float, Int
 
 __all__ = [
   "MLP",
@@ -27,6 +28,7 @@ __all__ = [
   "Block",
   "apply_blocks",
   "block_states",
+  "embed_tokens",
   "stack_blocks",
   "step_blocks",
 ]
@@ -80,7 +82,9 @@ class MLP(nnx.Module):
     keys = jax.random.split(rngs.params(), 2)
     size = config.d_model
     hidden = config.mlp_width or config.mlp_ratio * size
-    zeros = lambda n, there: nnx.Param(jnp.zeros(n)) if there else None
+    zeros = lambda n, there: (
+      nnx.Param(jnp.zeros(n, jnp.float32)) if there else None
+    )
     gated = config.mlp in ("swiglu", "geglu")
     self.norm = NORMS[config.block_norm](size, epsilon=config.norm_epsilon)
     draw = functools.partial(linear_weight, init=config.init)
@@ -157,6 +161,23 @@ def step_blocks(
   return jax.lax.scan(body, x, (tuple(blocks), states))
 
 
+def embed_tokens(
+  table: Float[Array, "V M"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T M"]:
+  """Rows of a table; NaN where there is none, a negative id included.
+
+  Where shardings are in the types, a gather cannot tell its own: it is that of
+  the tokens.
+  """
+  # A negative id is not counted from the end.
+  tokens = jnp.where(tokens < 0, table.shape[0], tokens)
+  sharding = jax.typeof(tokens).sharding
+  out = None
+  if sharding.mesh.explicit_axes:
+    out = jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec, None))
+  return table.at[tokens].get(mode="fill", out_sharding=out)
+
+
 def block_states(
   blocks: nnx.List, repeats: int, batch_size: int, max_length: int | None
 ) -> tuple[Any, ...]:
@@ -166,13 +187,9 @@ def block_states(
   return tuple(jax.tree.map(stack, layer) for layer in layers)
 
 
-def _gelu_exact(x):
-  return jax.nn.gelu(x, approximate=False)
-
-
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": jax.nn.gelu,
-  "gelu_exact": _gelu_exact,
+  "gelu_exact": gelu,
   "swiglu": jax.nn.silu,
   "geglu": jax.nn.gelu,
 }

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax.models.attention import token_positions
-from ssmjax.models.blocks import NORMS, apply_blocks, stack_blocks
+from ssmjax.models.blocks import NORMS, apply_blocks, embed_tokens, stack_blocks
 from ssmjax.models.config import ClassifierConfig
 from ssmjax.models.layers import (
   LayerNorm,
@@ -134,9 +134,7 @@ class Classifier(nnx.Module):
   def _embed(self, inputs, ids):
     """Tokens or features, and positions, `[B, T, M]` float32."""
     if self.embedding is not None:
-      # Out of range is NaN; a negative id is not counted from the end.
-      tokens = jnp.where(inputs < 0, self.config.vocab_size, inputs)
-      x = self.embedding[...].at[tokens].get(mode="fill")
+      x = embed_tokens(self.embedding[...], inputs)
     else:
       inputs = clear_padding(inputs, ids).astype(self.config.dtype)
       x = dense(inputs, self.in_proj[...]).astype(jnp.float32)

@@ -312,8 +312,9 @@ class Hyena(nnx.Module):
     kernels = dot(z, self.filter_out[...])
     target = -math.log(config.decay_target)
     decay = jnp.linspace(
-      target / config.slow_decay, target / config.fast_decay, kernels.shape[1]
-    )
+      target / config.slow_decay, target / config.fast_decay, kernels.shape[1],
+      dtype=jnp.float32,
+    )  # fmt: skip
     kernels *= jnp.exp(-time * decay) + config.window_shift
     return jnp.moveaxis(kernels.reshape(length, -1, self.d_model), 1, 0)
 

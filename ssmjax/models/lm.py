@@ -12,6 +12,7 @@ from ssmjax.models.blocks import (
   Block,
   apply_blocks,
   block_states,
+  embed_tokens,
   stack_blocks,
   step_blocks,
 )
@@ -192,8 +193,8 @@ class LanguageModel(nnx.Module):
 
     Args:
       batch_size: B.
-      max_length: tokens that attention layers must have room for; recurrent
-        layers do not care.
+      max_length: tokens that attention's and Hyena's layers must have room
+        for; recurrent layers do not care.
     """
     repeats = self.config.n_layers // len(self.blocks)
     layers = block_states(self.blocks, repeats, batch_size, max_length)
@@ -205,10 +206,7 @@ class LanguageModel(nnx.Module):
     if ids is None:
       ids = jnp.ones(tokens.shape, jnp.int32)
     segment, position = token_positions(ids, length)
-    # Out of range is NaN, not a neighbour's embedding; a negative id is not
-    # counted from the end.
-    tokens = jnp.where(tokens < 0, self.config.vocab_size, tokens)
-    x = _rows(self.embedding[...], tokens)
+    x = embed_tokens(self.embedding[...], tokens)
     if self.config.embedding_scale != 1.0:
       x = x * self.config.embedding_scale
     if self.positions is not None:
@@ -227,19 +225,6 @@ class LanguageModel(nnx.Module):
 def _head(key, config):
   size, vocabulary = config.d_model, config.vocab_size
   return linear_weight(key, size, vocabulary, config.init).T
-
-
-def _rows(table, indices):
-  """Rows of a table; NaN where there is none.
-
-  Where shardings are in the types, a gather cannot tell its own: it is that of
-  the indices.
-  """
-  sharding = jax.typeof(indices).sharding
-  out = None
-  if sharding.mesh.explicit_axes:
-    out = jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec, None))
-  return table.at[indices].get(mode="fill", out_sharding=out)
 
 
 def _check(function, tokens, segment_ids, letters):

@@ -204,8 +204,10 @@ class MLSTM(nnx.Module):
     peak = running_maximum(log_f, floored, state.peak, valid, restart)
     before = jnp.concatenate([state.peak[:, None], peak[:, :-1]], 1)
     if restart is not None:
-      # What was before is gone: it needs no unit.
+      # What was before is gone: it needs no unit, and no gate, which alone
+      # may be above 1.
       before = jnp.where(restart[..., None], peak, before)
+      log_f = jnp.where(restart[..., None], jnp.zeros_like(log_f), log_f)
     y, memory = ops.gated_linear_attention(
       q, *_stabilised(k, v, log_i, log_f, before, peak, valid),
       scale=self.head_key**-0.5, initial_state=state.memory,
@@ -258,9 +260,8 @@ class MLSTM(nnx.Module):
     k, v = (x.astype(jnp.float32) for x in (k, _with_one(v)))
     b = k[..., None] * v[..., None, :]
     readout = jax.tree_util.Partial(_readout, self, q, o, x[:0, 0])
-    return Recurrence(
-      wide(log_f), wide(log_i), b, jnp.zeros_like(b[:, 0]), readout
-    )
+    a = jnp.broadcast_to(wide(log_f), b.shape)
+    return Recurrence(a, wide(log_i), b, jnp.zeros_like(b[:, 0]), readout)
 
   def _before_scan(self, x, segment_ids):
     """q, k, v and o by head, and the gates' logarithms in float32."""

@@ -247,6 +247,7 @@ class _RWKV(nnx.Module):
     r, k, v = (value.astype(jnp.float32) for value in (r, k, v))
     write = k[..., None] * v[..., None, :]
     a = jnp.broadcast_to(jnp.exp(log_a), k.shape)[..., None]
+    a = jnp.broadcast_to(a, write.shape)
     later = lambda v, first: jnp.concatenate([first, v[:, :-1]], 1)
     readout = jax.tree_util.Partial(_readout, self, r, write, g, x[:0, 0])
     return Recurrence(

@@ -131,6 +131,8 @@ class _DPLRSystem(nnx.Module):
     self.log_dt = nnx.Param(
       log_uniform(keys[0], (channels,), config.dt_min, config.dt_max)
     )
+    # Of their own: in a stack of layers the weights have an axis more.
+    self.sizes = (channels, size)
     self.A_log = nnx.Param(copies(np.log(-A.real[size:])))
     self.A_imag = nnx.Param(copies(A.imag[size:]))
     self.P = nnx.Param(pair(P[size:]))
@@ -149,7 +151,7 @@ class _DPLRSystem(nnx.Module):
     )  # fmt: skip
     y = y[..., 0]
     if convolved and alone:
-      y = _convolve(x.astype(jnp.float32), self.kernel(x.shape[1]))
+      y, _ = ops.long_conv(x.astype(jnp.float32), self.kernel(x.shape[1]).T)
     hidden = lax.complex(*jnp.split(hidden, 2, -1))
     return (y + D * x.astype(jnp.float32)).astype(x.dtype), hidden
 
@@ -184,7 +186,7 @@ class _DPLRSystem(nnx.Module):
 
   def init_state(self, batch_size: int) -> Complex[Array, "B D N"]:
     """Zeros."""
-    return jnp.zeros((batch_size, *self.A_log.shape[-2:]), jnp.complex64)
+    return jnp.zeros((batch_size, *self.sizes), jnp.complex64)
 
   def _continuous(self):
     A = lax.complex(-jnp.exp(self.A_log[...]), self.A_imag[...])
@@ -210,17 +212,9 @@ def _halves(z):
 
 def _real_matrix(diagonal, left, right):
   """What takes h to diagonal∘h - left · 2 Re(rightᴴ h), in real numbers."""
-  spread = lambda v: v[..., None] * jnp.eye(v.shape[-1])
+  spread = lambda v: v[..., None] * jnp.eye(v.shape[-1], dtype=v.dtype)
   real, imag = spread(diagonal.real), spread(diagonal.imag)
   turn = jnp.concatenate(
     [jnp.concatenate([real, -imag], -1), jnp.concatenate([imag, real], -1)], -2
   )
   return turn - 2 * _halves(left)[..., None] * _halves(right)[..., None, :]
-
-
-def _convolve(x, kernel):
-  """Σₗ kernelₗ xₜ₋ₗ by FFT: x `[B, T, D]`, kernel `[D, T]`."""
-  length = x.shape[1]
-  size = 1 << (2 * length - 1).bit_length()
-  spectrum = jnp.fft.rfft(x, size, 1) * jnp.fft.rfft(kernel.T, size, 0)[None]
-  return jnp.fft.irfft(spectrum, size, 1)[:, :length]

@@ -52,6 +52,12 @@ def _refuse(*_, op):
 
 
 _tangent_p.def_impl(_refuse)
-# As for JAX's own: reverse mode under `vmap` transposes it unbatched.
-batching.primitive_batchers[_tangent_p] = _refuse
+
+
+def _batched(args, dims, *, op):
+  """Still a mark: `grad` of a `vmap` transposes it away as well."""
+  return _tangent_p.bind(*args, op=op), dims[0]
+
+
+batching.primitive_batchers[_tangent_p] = _batched
 mlir.register_lowering(_tangent_p, lambda ctx, x, *, op: _refuse(op=op))

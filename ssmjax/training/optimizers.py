@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import optax
 
 # The last name of a parameter that sets a time scale or a skip: the decay A in
-# all its parametrizations, D, and the bias or logarithm of the step Δ.
-_DYNAMICS = re.compile(r"A|A_\w+|\w+_A|D|dt|log_dt|dt_bias|log_step|Lambda\w*")
+# all its parametrizations, with S4's P and B, D, and the bias or logarithm of
+# the step Δ; RWKV's decays, bonus and token shifts; a filter's frequencies.
+_DYNAMICS = re.compile(
+  r"A|A_\w+|\w+_A|B|D|P|dt|log_dt|dt_bias|log_step|Lambda\w*|decay_param"
+  r"|time_decay|bonus|mix_(?!up|down)\w+|filter_frequency|token_scale"
+)
 
 
 def adamw(
@@ -119,6 +123,8 @@ def warmup_cosine(
 
 def _decays(path: tuple, leaf: Any) -> bool:
   names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+  if names and names[-1] == "value":  # Of a Param, in a module or its state.
+    names.pop()
   last = names[-1] if names else ""
   if _DYNAMICS.fullmatch(last) or "bias" in last or last == "scale":
     return False
