@@ -1,5 +1,7 @@
 """minGRU and minLSTM are the paper's sequential equations."""
 
+import pathlib
+
 import appendix_b
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,33 @@ from ssmjax.types import Polarization
 
 BOTH = Polarization(ones=1, zeros=1)
 REPLACED = Polarization(ones=1, zeros=1, placement="replace")
+GOLDEN = pathlib.Path(__file__).with_name("golden") / "min_rnn.npz"
 CONFIGS = {"gru": MinGRUConfig, "lstm": MinLSTMConfig}
+
+
+@pytest.mark.parametrize("cell", CONFIGS)
+def test_min_rnn_gives_outputs_and_gradients_of_the_code_that_others_use(cell):
+  with np.load(GOLDEN) as arrays:
+    golden = {
+      name.removeprefix(f"{cell}:"): array for name, array in arrays.items()
+    }
+  model = CONFIGS[cell](expand=2).build(6, 1, nnx.Rngs(0))
+  # The candidate comes first there, and there are no biases.
+  order = lambda rows: np.roll(rows, -12, 0).T
+  model.in_proj = nnx.Param(jnp.asarray(order(golden["in"])))
+  model.in_bias = nnx.Param(jnp.zeros_like(model.in_bias[...]))
+  model.out_proj = nnx.Param(jnp.asarray(golden["out"].T))
+
+  def loss(model, x):
+    y, _ = model(x)
+    return (y * jnp.sin(jnp.arange(y.size)).reshape(y.shape)).sum(), y
+
+  run = quick(jax.grad(loss, (0, 1), has_aux=True))
+  (grads, d_x), y = run(model, golden["inputs"])
+  assert_close(y, golden["outputs"], jnp.float32)
+  assert_close(d_x, golden["gradient"], jnp.float32)
+  assert_close(grads.in_proj[...], order(golden["gradient_in"]), jnp.float32)
+  assert_close(grads.out_proj[...], golden["gradient_out"].T, jnp.float32)
 
 
 @pytest.mark.parametrize("cell", CONFIGS)

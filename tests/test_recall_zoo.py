@@ -21,7 +21,7 @@ def zoo(tmp_path_factory):
   short = dataclasses.replace(
     recall_settings._ZOO, d_model=16, steps=20, steps_per_dispatch=10,
     evaluate_every=20, save_every=20, train=recall_settings._SMOKE.train,
-    test=recall_settings._SMOKE.test,
+    test=recall_settings._SMOKE.train,
   )  # fmt: skip
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(recall_settings, "_ZOO", short)
