@@ -1,6 +1,6 @@
 """Time gated linear attention in chunks beside the loop over its tokens.
 
-`python -m experiments.bench linear-attention` (about two minutes on two
+`python -m experiments.bench linear-attention` (about a minute on two
 cores). A decay by head is what RetNet, Mamba-2 and mLSTM have, one by key what
 GLA, HGRN2 and RWKV have. `products` is the bound of a machine: the four
 products of 64 by 64 matrices that a chunk of a head needs forward, and nothing
