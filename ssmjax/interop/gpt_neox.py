@@ -1,6 +1,6 @@
 """GPT-NeoX, and so Pythia, as transformers publishes them."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,9 +26,11 @@ from ssmjax.models import AttentionConfig, ModelConfig
 __all__ = ["FORMATS"]
 
 # gelu_fast and gelu_new are other ways to write the tanh form.
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Literal["gelu", "gelu_exact"]] = {
   "gelu": "gelu_exact",
-  **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu"),
+  "gelu_pytorch_tanh": "gelu",
+  "gelu_new": "gelu",
+  "gelu_fast": "gelu",
 }
 
 
@@ -55,7 +57,7 @@ def _config(fields: dict[str, Any], dtype: Any) -> ModelConfig:
     final_norm="layer",
     block_norm="layer",
     tie_embeddings=flag(fields, "tie_word_embeddings", False),
-    mlp=_ACTIVATIONS[activation],  # type: ignore[arg-type]
+    mlp=_ACTIVATIONS[activation],
     mlp_width=whole_number(fields, "intermediate_size"),
     mlp_bias=True,
     parallel_residual=flag(fields, "use_parallel_residual", True),

@@ -20,6 +20,7 @@ from ssmjax.models.layers import (
   linear_weight,
   output_weight,
 )
+from ssmjax.models.mamba import check_dt_range, log_uniform_dt_bias
 from ssmjax.types import Array, Float, Int, check_choice
 
 __all__ = [
@@ -133,13 +134,12 @@ class GatedDeltaNetConfig(DeltaNetConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    for low, high in (("dt_min", "dt_max"), ("rate_min", "rate_max")):
-      least, most = getattr(self, low), getattr(self, high)
-      if not 0 < least <= most:
-        raise ValueError(
-          f"GatedDeltaNetConfig: {low} is {least} and {high} {most}, expected"
-          f" 0 < {low} <= {high}."
-        )
+    check_dt_range(self)
+    if not 0 < self.rate_min <= self.rate_max:
+      raise ValueError(
+        f"GatedDeltaNetConfig: rate_min is {self.rate_min} and rate_max"
+        f" {self.rate_max}, expected 0 < rate_min <= rate_max."
+      )
 
   def build(
     self, d_model: int, n_layers: int, rngs: nnx.Rngs
@@ -374,11 +374,7 @@ class GatedDeltaNet(DeltaNet):
       keys[1], (heads,), jnp.float32, config.rate_min, config.rate_max
     )
     self.A_log = nnx.Param(jnp.log(rate))
-    low, high = math.log(config.dt_min), math.log(config.dt_max)
-    log_dt = jax.random.uniform(keys[2], (heads,), jnp.float32, low, high)
-    dt = jnp.exp(log_dt)
-    # The inverse of softplus.
-    self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
+    self.dt_bias = nnx.Param(log_uniform_dt_bias(keys[2], heads, config))
 
   def _rates(self, x):
     beta, _ = super()._rates(x)

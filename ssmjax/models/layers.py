@@ -31,6 +31,7 @@ __all__ = [
   "linear_weight",
   "normal",
   "output_weight",
+  "rotate_pairs",
   "torch_uniform",
 ]
 
@@ -220,6 +221,17 @@ def affine(
   if bias is None:
     return y
   return (y.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+def rotate_pairs(
+  x: Float[Array, "... K"], angle: Float[Array, "... J"]
+) -> Float[Array, "... K"]:
+  """Turn pairs of neighbouring channels by angles in radians, K = 2J."""
+  x = x.astype(jnp.float32)
+  even, odd = x[..., ::2], x[..., 1::2]
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  pairs = [even * cos - odd * sin, odd * cos + even * sin]
+  return jnp.stack(pairs, -1).reshape(x.shape)
 
 
 def normal(key, shape, deviation: float = 0.02) -> Array:

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ssmjax.models.layers import LayerNorm, RMSNorm, check_sizes
+from ssmjax.models.layers import (
+  LayerNorm,
+  RMSNorm,
+  check_sizes,
+  rotate_pairs,
+)
 from ssmjax.models.matrix_memory import (
   LinearAttentionState,
   MatrixMixer,
@@ -277,8 +282,8 @@ class RetNet(MatrixMixer):
 
   def _maps(self, x, parts, position):
     q, k, v, gate = parts
-    sin, cos = _turn(position, q.shape[-1], self.config.rope_theta)
-    q, k = (_rotate(part, sin, cos).astype(x.dtype) for part in (q, k))
+    angle = _turn(position, q.shape[-1], self.config.rope_theta)
+    q, k = (rotate_pairs(part, angle).astype(x.dtype) for part in (q, k))
     exponent = -5.0 - np.arange(self.config.num_heads)
     log_a = jnp.asarray(np.log1p(-(2.0**exponent)), jnp.float32)
     if self.config.polarization is not None:
@@ -303,16 +308,7 @@ def _orthogonal(width, count, seed):
 
 
 def _turn(position, width, theta):
-  """sin and cos for positions `[...]` and pairs, `[..., 1, K/2]`."""
+  """Angles for positions `[...]` and pairs of channels, `[..., 1, K/2]`."""
   frequency = theta ** -np.linspace(0, 1, width // 2)
   angle = position.astype(jnp.float32)[..., None, None]
-  angle = angle * jnp.asarray(frequency, jnp.float32)
-  return jnp.sin(angle), jnp.cos(angle)
-
-
-def _rotate(x, sin, cos):
-  """Pairs of neighbouring channels, in float32."""
-  x = x.astype(jnp.float32)
-  even, odd = x[..., ::2], x[..., 1::2]
-  pairs = [even * cos - odd * sin, odd * cos + even * sin]
-  return jnp.stack(pairs, -1).reshape(x.shape)
+  return angle * jnp.asarray(frequency, jnp.float32)

@@ -18,6 +18,7 @@ from ssmjax.models.layers import (
   linear_weight,
   normal,
   output_weight,
+  rotate_pairs,
 )
 from ssmjax.types import Array, Float, Int, check_choice
 
@@ -260,7 +261,8 @@ class TTTLinear(nnx.Module):
     pairs = q.shape[-1] // 2
     power = jnp.arange(pairs, dtype=jnp.float32) / pairs
     angle = position[..., None, None] / self.config.rope_base**power
-    return _rotated(q, angle), _rotated(k, angle), v
+    q, k = (rotate_pairs(part, angle).astype(part.dtype) for part in (q, k))
+    return q, k, v
 
   def _rate(self, x):
     rate = dense(x.astype(jnp.float32), self.rate_proj[...])
@@ -283,11 +285,3 @@ class TTTLinear(nnx.Module):
       gate = jax.nn.gelu(z.astype(jnp.float32))
       y = (y.astype(jnp.float32) * gate).astype(y.dtype)
     return dense(y, self.out_proj[...])
-
-
-def _rotated(x, angle):
-  """x, each pair of neighbouring channels turned by its angle."""
-  even, odd = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
-  return turned.reshape(x.shape).astype(x.dtype)

@@ -1,12 +1,10 @@
 """The causal short convolution that stands before a selective scan."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from ssmjax.ops.partition import divided
-from ssmjax.ops.segments import segment_masks
+from ssmjax.ops.segments import permute, segment_masks
 from ssmjax.types import (
   Array,
   Float,
@@ -140,7 +138,7 @@ def _over_time(x, weight, bias, initial_state, segment_ids):
     order = jnp.argsort(valid, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     x = jnp.where(valid[..., None], x, jnp.zeros_like(x))
-    x = _permute(x.astype(dtype), order)
+    x = permute(x.astype(dtype), order)
     # The carried tokens stand right before the first token, over padding.
     count = valid.sum(1)
     segment = jnp.cumsum(
@@ -156,7 +154,7 @@ def _over_time(x, weight, bias, initial_state, segment_ids):
     keep = segment[:, length:] == last
     final = tokens[:, length:]
     final = jnp.where(keep[..., None], final, jnp.zeros_like(final))
-    y = _permute(y, back)
+    y = permute(y, back)
   if bias is not None:
     y = y + bias.astype(dtype)[None, None]
   if order is not None:
@@ -178,14 +176,6 @@ def _taps(tokens, weight, length, segment=None):
   return y
 
 
-@functools.partial(jax.vmap, in_axes=(0, 0))
-def _permute(x, order):
-  """x[order], told that it is a permutation: its transpose is no sum."""
-  return x.at[order].get(
-    unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False
-  )
-
-
 def _initial(x, weight, initial_state):
   dtype = real_dtype(x, weight, initial_state)
   if initial_state is not None:
@@ -193,34 +183,66 @@ def _initial(x, weight, initial_state):
   return jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), dtype)
 
 
-def _check(
-  function, x, weight, bias, state, segment_ids, *, time=True
-):  # fmt: skip
+def check_convolution(
+  function: str,
+  x: Array,
+  kernel: tuple[str, Array, str],
+  per_channel: tuple[str, Array | None],
+  state: Array | None,
+  segment_ids: Array | None,
+  *,
+  time: bool = True,
+) -> None:
+  """Raise ValueError unless the arguments of a convolution fit each other.
+
+  Args:
+    function: of which they are, for the message.
+    x: tokens, `[B, T, D]`, or `[B, D]` without `time`.
+    kernel: its name, itself, and the letter for how many taps it has.
+    per_channel: the name of `[D]` numbers, and they.
+    state: the tokens before, one less than the kernel has taps.
+    segment_ids: `[B, T]`, or `[B]`.
+    time: whether there is an axis of time.
+  """
+  name, taps, letter = kernel
   state_name = "initial_state" if time else "state"
-  arrays = {"x": x, "weight": weight, "bias": bias, state_name: state}
+  arrays = {"x": x, name: taps, per_channel[0]: per_channel[1]}
+  arrays[state_name] = state
   check_inexact(function, **arrays)
-  for name, value in arrays.items():
+  for key, value in arrays.items():
     if value is not None and jnp.iscomplexobj(value):
       raise ValueError(
-        f"{function}: {name} is complex, expected a real array. Run real and"
+        f"{function}: {key} is complex, expected a real array. Run real and"
         " imaginary part apart."
       )
   axes = "B T" if time else "B"
   sizes = check_shapes(
     function,
-    {"x": (x, f"{axes} D"), "weight": (weight, "W D"), "bias": (bias, "D")},
+    {
+      "x": (x, f"{axes} D"),
+      name: (taps, f"{letter} D"),
+      per_channel[0]: (per_channel[1], "D"),
+    },
   )
-  if sizes["W"] < 1:
-    raise ValueError(f"{function}: weight has no taps, expected W >= 1.")
+  count = sizes[letter]
+  if count < 1:
+    raise ValueError(f"{function}: {name} has no taps, expected {letter} >= 1.")
   if time and sizes["T"] < 1:
     raise ValueError(f"{function}: x has no time steps, expected T >= 1.")
   check_shapes(
     function,
     {
       "x": (x, f"{axes} D"),
-      state_name: (state, f"B {sizes['W'] - 1} D"),
+      state_name: (state, f"B {count - 1} D"),
       "segment_ids": (segment_ids, axes),
     },
-    {state_name: f"It holds the W-1 = {sizes['W'] - 1} previous tokens."},
+    {state_name: f"It holds the {letter}-1 = {count - 1} previous tokens."},
   )
   check_segment_ids(function, segment_ids)
+
+
+def _check(function, x, weight, bias, state, segment_ids, *, time=True):
+  check_convolution(
+    function, x, ("weight", weight, "W"), ("bias", bias), state, segment_ids,
+    time=time,
+  )  # fmt: skip

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssmjax.ops.conv import check_convolution
 from ssmjax.ops.long_conv_fft import convolve
 from ssmjax.ops.partition import divided
 from ssmjax.ops.segments import segment_masks
@@ -16,9 +17,6 @@ from ssmjax.types import (
   Float,
   Int,
   check_choice,
-  check_inexact,
-  check_segment_ids,
-  check_shapes,
   real_dtype,
 )
 
@@ -195,34 +193,8 @@ def _weights(state, kernel, D):
   return jnp.flip(kernel, 0).astype(state.dtype), skip.astype(state.dtype)
 
 
-def _check(
-  function, x, kernel, D, state, segment_ids, *, time=True
-):  # fmt: skip
-  state_name = "initial_state" if time else "state"
-  arrays = {"x": x, "kernel": kernel, "D": D, state_name: state}
-  check_inexact(function, **arrays)
-  for name, value in arrays.items():
-    if value is not None and jnp.iscomplexobj(value):
-      raise ValueError(
-        f"{function}: {name} is complex, expected a real array. Run real and"
-        " imaginary part apart."
-      )
-  axes = "B T" if time else "B"
-  sizes = check_shapes(
-    function,
-    {"x": (x, f"{axes} D"), "kernel": (kernel, "L D"), "D": (D, "D")},
-  )
-  if sizes["L"] < 1:
-    raise ValueError(f"{function}: kernel has no taps, expected L >= 1.")
-  if time and sizes["T"] < 1:
-    raise ValueError(f"{function}: x has no time steps, expected T >= 1.")
-  check_shapes(
-    function,
-    {
-      "x": (x, f"{axes} D"),
-      state_name: (state, f"B {sizes['L'] - 1} D"),
-      "segment_ids": (segment_ids, axes),
-    },
-    {state_name: f"It holds the L-1 = {sizes['L'] - 1} previous tokens."},
-  )
-  check_segment_ids(function, segment_ids)
+def _check(function, x, kernel, D, state, segment_ids, *, time=True):
+  check_convolution(
+    function, x, ("kernel", kernel, "L"), ("D", D), state, segment_ids,
+    time=time,
+  )  # fmt: skip

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ssmjax.ops.segments import compacted, permute
+
 __all__ = ["convolve"]
 
 # Up to this many tokens, a block acts on the next as a matrix.
@@ -27,14 +29,9 @@ def convolve(x, kernel, state, valid, restart):
   taps, length = kernel.shape[0], x.shape[1]
   kernel = kernel.T
   past = None if state is None or taps == 1 else jnp.moveaxis(state, 2, 0)
-  order = back = segment = None
+  back = segment = None
   if valid is not None:
-    # Tokens first, padding behind them, so that lags count tokens.
-    order = jnp.argsort(~valid, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)
-    starts = jnp.take_along_axis(restart, order, 1)
-    segment = jnp.cumsum(starts.astype(jnp.int32), 1)
-    x = _permute(x, order)
+    x, segment, _, back = compacted(x, valid, restart)
   tokens = jnp.moveaxis(x, 2, 0)
   if segment is None:
     y = _document(tokens, kernel, past)
@@ -46,7 +43,7 @@ def convolve(x, kernel, state, valid, restart):
   whole = jnp.concatenate([state, x], 1)
   if segment is None:
     return y, whole[:, length:]
-  return _permute(y, back), _window(whole, segment, valid, taps)
+  return permute(y, back), _window(whole, segment, valid, taps)
 
 
 def _document(x, kernel, past):
@@ -178,11 +175,3 @@ def _fft_size(least):
   """A number of small factors, at least this one."""
   sizes = [m << max(0, -(-least // m) - 1).bit_length() for m in (1, 3, 5)]
   return min(sizes)
-
-
-@functools.partial(jax.vmap, in_axes=(0, 0))
-def _permute(x, order):
-  """x[order], told that it is a permutation: its transpose is no sum."""
-  return x.at[order].get(
-    unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False
-  )

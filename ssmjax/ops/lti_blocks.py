@@ -1,42 +1,13 @@
 """Chunks of tokens without padding: what the time-invariant scans share."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ssmjax.types import Array, Bool, Float, Inexact, Int
+from ssmjax.types import Array, Float, Inexact, Int
 
-__all__ = ["compacted", "last_chunk", "permute", "taps"]
-
-
-def compacted(
-  x: Float[Array, "B T D"],
-  valid: Bool[Array, "B T"],
-  restart: Bool[Array, "B T"],
-) -> tuple[Array, Int[Array, "B T"], Int[Array, " B"], Int[Array, "B T"]]:
-  """Tokens first, padding behind them, so that powers of a count tokens.
-
-  Returns:
-    x in that order, the number of its segment for each token (0 for the one
-    that goes on from the initial state), how many tokens there are, and the
-    order that undoes it.
-  """
-  order = jnp.argsort(~valid, axis=1, stable=True)
-  back = jnp.argsort(order, axis=1)
-  starts = jnp.take_along_axis(restart, order, 1)
-  segment = jnp.cumsum(starts.astype(jnp.int32), 1)
-  return permute(x, order), segment, valid.sum(1, dtype=jnp.int32), back
-
-
-@functools.partial(jax.vmap, in_axes=(0, 0))
-def permute(x: Array, order: Int[Array, " T"]) -> Array:
-  """x[order], told that it is a permutation: its transpose is no sum."""
-  return x.at[order].get(
-    unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False
-  )
+__all__ = ["last_chunk", "taps"]
 
 
 def taps(

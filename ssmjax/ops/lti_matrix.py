@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssmjax.ops.lti_blocks import compacted, last_chunk, permute, taps
+from ssmjax.ops.lti_blocks import last_chunk, taps
 from ssmjax.ops.partition import divided
-from ssmjax.ops.segments import segment_masks
+from ssmjax.ops.segments import compacted, permute, segment_masks
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import (
   Array,

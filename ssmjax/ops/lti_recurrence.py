@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ssmjax.ops.lti_blocks import compacted, last_chunk, permute, taps
+from ssmjax.ops.lti_blocks import last_chunk, taps
 from ssmjax.ops.lti_powers import integer_powers
 from ssmjax.ops.partition import divided
 from ssmjax.ops.scan import linear_scan
-from ssmjax.ops.segments import segment_masks
+from ssmjax.ops.segments import compacted, permute, segment_masks
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import (
   Array,

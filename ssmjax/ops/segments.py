@@ -6,12 +6,15 @@ previous non-padding id of the same call; the first non-padding token goes on
 from `initial_state`.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssmjax.types import Array, Bool, Int
+from ssmjax.types import Array, Bool, Float, Int
 
-__all__ = ["last_valid", "segment_masks"]
+__all__ = ["compacted", "last_valid", "permute", "segment_masks"]
 
 
 def segment_masks(
@@ -37,6 +40,33 @@ def last_valid(
   length = valid.shape[1]
   index = length - 1 - jnp.argmax(valid[:, ::-1], axis=1).astype(jnp.int32)
   return index, valid.any(axis=1)
+
+
+def compacted(
+  x: Float[Array, "B T D"],
+  valid: Bool[Array, "B T"],
+  restart: Bool[Array, "B T"],
+) -> tuple[Array, Int[Array, "B T"], Int[Array, " B"], Int[Array, "B T"]]:
+  """Tokens first, padding behind them, so that lags count tokens.
+
+  Returns:
+    x in that order, the number of its segment for each token (0 for the one
+    that goes on from the initial state), how many tokens there are, and the
+    order that undoes it.
+  """
+  order = jnp.argsort(~valid, axis=1, stable=True)
+  back = jnp.argsort(order, axis=1)
+  starts = jnp.take_along_axis(restart, order, 1)
+  segment = jnp.cumsum(starts.astype(jnp.int32), 1)
+  return permute(x, order), segment, valid.sum(1, dtype=jnp.int32), back
+
+
+@functools.partial(jax.vmap, in_axes=(0, 0))
+def permute(x: Array, order: Int[Array, " T"]) -> Array:
+  """x[order], told that it is a permutation: its transpose is no sum."""
+  return x.at[order].get(
+    unique_indices=True, mode="promise_in_bounds", wrap_negative_indices=False
+  )
 
 
 def _masks(segment_ids):
