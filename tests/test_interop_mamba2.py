@@ -267,9 +267,9 @@ def test_seven_billion_parameters_are_checked_by_their_shapes(tmp_path):
 @pytest.mark.parametrize(
   ("fields", "kind", "message"),
   [
-    (HF | {"num_heads": 5}, ValueError, "num_heads .* is 5, expected expand"),
+    (HF | {"num_heads": 5}, ValueError, "num_heads is 5, expected expand"),
     (HF | {"use_bias": True}, NotImplementedError, "use_bias is true"),
-    (HF | {"time_step_limit": [1, 0]}, ValueError, "time_step_limit of config"),
+    (HF | {"time_step_limit": [1, 0]}, ValueError, "time_step_limit is"),
     (HF | {"time_step_limit": 3}, ValueError, "expected two numbers"),
     (HF | {"tie_word_embeddings": 0}, ValueError, "is 0, expected true or fal"),
     (HF | {"layer_norm_epsilon": 0}, ValueError, "is 0, expected a number ab"),

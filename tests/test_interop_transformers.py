@@ -233,10 +233,10 @@ def test_features_that_are_not_here_are_refused(
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"sliding_window": 0}, "sliding_window of config.json is 0"),
-    ({"tie_word_embeddings": "no"}, "tie_word_embeddings of config.json"),
-    ({"num_attention_heads": None}, "num_attention_heads of config.json"),
-    ({"rms_norm_eps": -1.0}, "rms_norm_eps of config.json is -1.0"),
+    ({"sliding_window": 0}, "sliding_window is 0"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is"),
+    ({"num_attention_heads": None}, "num_attention_heads is"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
   ],
 )
 def test_fields_that_are_wrong_are_named(fields, message, tmp_path):

@@ -7,11 +7,11 @@ from typing import Any
 
 from ssmjax.interop.tensor_files import read_tensors
 
-__all__ = ["find_folder", "list_tensors", "read_config"]
-
+__all__ = ["find_config", "find_folder", "list_tensors", "read_object"]
 
 # Mistral's own form of its models is called consolidated.
-_WHOLE = ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin")
+_OWN = "consolidated.safetensors"
+_WHOLE = ("model.safetensors", _OWN, "pytorch_model.bin")
 
 
 def find_folder(
@@ -30,11 +30,15 @@ def find_folder(
   return folder
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """Read config.json, or params.json where there is none."""
-  for name in ("config.json", "params.json"):
+def find_config(folder: pathlib.Path) -> pathlib.Path:
+  """Find config.json, or params.json where that is about the tensors."""
+  names = ["config.json", "params.json"]
+  if _whole(folder) == _OWN:
+    # A repository may have both forms, of which one was downloaded.
+    names.reverse()
+  for name in names:
     if (folder / name).is_file():
-      return _read_object(folder / name)
+      return folder / name
   raise ValueError(
     f"load_pretrained: {folder} has neither config.json nor params.json."
   )
@@ -42,35 +46,40 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 def list_tensors(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, tuple]]:
   """List the files, with shape and dtype of each tensor that they hold."""
-  for whole in _WHOLE:
-    index = folder / f"{whole}.index.json"
-    names: dict[str, list[str]]
-    if (folder / whole).is_file():
-      names = {whole: []}
-    elif index.is_file():
-      names = _indexed(index)
-    else:
-      continue
-    found: dict[pathlib.Path, dict[str, tuple]] = {}
-    for name, listed in names.items():
-      tensors = read_tensors(folder / name)
-      missing = [n for n in listed if n not in tensors]
-      again = [n for held in found.values() for n in tensors if n in held]
-      if missing or again:
-        raise ValueError(
-          f"load_pretrained: {name} lacks {missing} of {index.name}, and"
-          f" holds {again}, which another file holds too."
-        )
-      found[folder / name] = {n: (x.shape, x.dtype) for n, x in tensors.items()}
-      del tensors
-    return found
-  raise ValueError(
-    f"load_pretrained: {folder} has none of {', '.join(_WHOLE)} and their"
-    " index.json."
-  )
+  whole = _whole(folder)
+  if whole is None:
+    raise ValueError(
+      f"load_pretrained: {folder} has none of {', '.join(_WHOLE)} and their"
+      " index.json. Download the whole repository, or write the model again"
+      " (save_pretrained) if it has its weights in another form."
+    )
+  index = folder / f"{whole}.index.json"
+  single = (folder / whole).is_file()
+  names: dict[str, list[str]] = {whole: []} if single else _indexed(index)
+  found: dict[pathlib.Path, dict[str, tuple]] = {}
+  where: dict[str, str] = {}
+  for name, listed in names.items():
+    tensors = read_tensors(folder / name)
+    missing = [n for n in listed if n not in tensors]
+    if missing:
+      raise ValueError(
+        f"load_pretrained: {folder / name} lacks {', '.join(missing)}, which"
+        f" {index.name} says it holds. The two are not of one download."
+      )
+    again = [f"{n} (in {where[n]} too)" for n in tensors if n in where]
+    if again:
+      raise ValueError(
+        f"load_pretrained: {folder / name} holds {', '.join(again)}, expected"
+        " each tensor in one file. The two are not of one download."
+      )
+    where |= dict.fromkeys(tensors, name)
+    found[folder / name] = {n: (x.shape, x.dtype) for n, x in tensors.items()}
+    del tensors
+  return found
 
 
-def _read_object(path) -> dict[str, Any]:
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+  """Read a file that holds one JSON object."""
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
@@ -80,9 +89,17 @@ def _read_object(path) -> dict[str, Any]:
   return value
 
 
+def _whole(folder) -> str | None:
+  """What one file of all tensors is called, be they in one or in several."""
+  for name in _WHOLE:
+    if (folder / name).is_file() or (folder / f"{name}.index.json").is_file():
+      return name
+  return None
+
+
 def _indexed(index) -> dict[str, list[str]]:
   """File names of an index, each with the tensors it should hold."""
-  table = _read_object(index).get("weight_map")
+  table = read_object(index).get("weight_map")
   if not isinstance(table, dict) or not table:
     raise ValueError(f"load_pretrained: {index} has no weight_map.")
   files: dict[str, list[str]] = {}

@@ -183,21 +183,19 @@ def refuse_unknown(fields, known: set[str], where: str = "") -> None:
   unknown = sorted(set(fields) - known)
   if unknown:
     raise NotImplementedError(
-      f"load_pretrained: config.json has {where}{unknown[0]}, which is no field"
-      " of such a model that is known here; it may say something about the"
-      " model that would be lost."
+      f"it has {where}{unknown[0]}, which is no field of such a model that is"
+      " known here; it may say something about the model that would be lost."
     )
 
 
 def refusal(name: str, value: Any, expected: str) -> ValueError:
-  """Make the error of a field that is not what it should be."""
-  return ValueError(
-    f"load_pretrained: {name} of config.json is {value!r}, expected {expected}."
-  )
+  """Make the error of a field that is not what it should be.
+
+  `load_pretrained` puts the file's name before it.
+  """
+  return ValueError(f"{name} is {value!r}, expected {expected}.")
 
 
 def lacking(found: str, what: str) -> NotImplementedError:
   """Make the error of a feature that the layers here do not have."""
-  return NotImplementedError(
-    f"load_pretrained: {found} in config.json, and there is no {what} here."
-  )
+  return NotImplementedError(f"{found}, and there is no {what} here.")

@@ -1,14 +1,11 @@
 """Published checkpoints in: configuration, names and tensors to a model."""
 
 import os
-import pathlib
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import (
   AxisType,
   Mesh,
@@ -16,10 +13,8 @@ from jax.sharding import (
   SingleDeviceSharding,
 )
 
-from ssmjax.interop.families import FORMATS
-from ssmjax.interop.folders import find_folder, list_tensors, read_config
-from ssmjax.interop.formats import SAME, Format, Tensor
-from ssmjax.interop.naming import layers, parameter_name, parameters
+from ssmjax.interop.naming import parameter_name, parameters
+from ssmjax.interop.planning import make_plan
 from ssmjax.interop.stacking import cut, insert
 from ssmjax.interop.tensor_files import read_tensors
 from ssmjax.models import LanguageModel
@@ -85,7 +80,7 @@ def load_pretrained(
       is not the embedding where the configuration ties them.
     ImportError: only a `.bin` is there, and PyTorch is not installed.
   """
-  plan = _plan(path, dtype)
+  plan = make_plan(path, dtype)
   _check_head(plan)
   shardings = _shardings(plan.model, sharding)
   automatic = {name: _automatic(kind) for name, kind in shardings.items()}
@@ -126,128 +121,7 @@ def abstract_pretrained(
     NotImplementedError: likewise.
     ImportError: likewise.
   """
-  return _plan(path, dtype).model
-
-
-class _Place(NamedTuple):
-  """Where a tensor goes: the parameter, and the layer of its stack."""
-
-  parameter: str
-  layer: int | None
-  entry: Tensor
-
-
-class _Plan(NamedTuple):
-  """What is to be loaded.
-
-  Attributes:
-    model: abstract.
-    shapes: of the parameters, by name.
-    files: what each holds.
-    places: of tensors, by their names.
-    absent: places of the tensors that the configuration rules out.
-    head: names of the output matrix, if there is one that has to repeat the
-      embedding, and of the embedding.
-  """
-
-  model: LanguageModel
-  shapes: dict[str, jax.ShapeDtypeStruct]
-  files: dict[pathlib.Path, list[str]]
-  places: dict[str, _Place]
-  absent: list[_Place]
-  head: tuple[str, str] | None
-
-
-def _plan(path, dtype) -> _Plan:
-  folder = find_folder(path)
-  fields = read_config(folder)
-  format = _format(folder, fields)
-  dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-  if dtype.name not in ("float32", "bfloat16", "float16"):
-    raise ValueError(
-      f"load_pretrained: dtype is {dtype.name}, expected float32, bfloat16 or"
-      " float16."
-    )
-  config = format.read_config(fields, getattr(jnp, dtype.name))
-  model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-  absent_parameters = format.absent(fields)
-  places: list[_Place] = []
-  absent: list[_Place] = []
-  for entry in format.entries(config):
-    places.append(_Place(entry.parameter, None, entry))
-  if not config.tie_embeddings:
-    places.append(_Place("head", None, Tensor("head", (format.head,), SAME)))
-  for number, position, repeat in layers(model):
-    for entry in format.entries(config, number):
-      name = f"blocks.{position}.{entry.parameter}"
-      called = tuple(text.format(number) for text in entry.names)
-      place = _Place(name, repeat, entry._replace(names=called))
-      if entry.parameter not in absent_parameters:
-        places.append(place)
-      elif entry.default is not None:
-        absent.append(place)
-  narrow = {p.parameter for p in (*places, *absent) if not p.entry.wide}
-  model = jax.tree.map_with_path(
-    lambda path, x: jax.ShapeDtypeStruct(
-      x.shape, dtype if parameter_name(path) in narrow else x.dtype
-    ),
-    model,
-  )
-  shapes = parameters(model)
-  files = list_tensors(folder)
-  by_name, head = _match(folder, format, places, shapes, files)
-  names = {file: list(found) for file, found in files.items()}
-  return _Plan(model, shapes, names, by_name, absent, head)
-
-
-def _match(folder, format, places, shapes, files):
-  """Places by the names that are there, or one error with all that is wrong."""
-  there = {name: x for found in files.values() for name, x in found.items()}
-  by_name = {}
-  missing, misshapen = [], []
-  for place in places:
-    name = next((n for n in place.entry.names if n in there), None)
-    if name is None:
-      missing.append(f"missing: {' or '.join(place.entry.names)}")
-      continue
-    by_name[name] = place
-    shape = shapes[place.parameter].shape
-    if place.layer is not None:
-      shape = shape[1:]
-    # As many zeros as are wanted in the memory of one.
-    zeros = np.broadcast_to(np.int8(0), place.entry.shape(shape))
-    shape = place.entry.layout.give(zeros).shape
-    found, dtype = there[name]
-    if found != shape:
-      misshapen.append(f"misshapen: {name} has shape {found}, expected {shape}")
-    elif not jnp.issubdtype(dtype, jnp.floating):
-      misshapen.append(
-        f"of another type: {name} is {dtype.name}, expected floating"
-      )
-  head = None
-  embeddings = [n for n, p in by_name.items() if p.parameter == "embedding"]
-  if format.head in there and format.head not in by_name and embeddings:
-    head = (format.head, embeddings[0])
-    found, expected = (there[name][0] for name in head)
-    if found != expected:
-      misshapen.append(
-        f"misshapen: {head[0]} has shape {found}, expected {expected}, as"
-        f" {head[1]}"
-      )
-  used = {*by_name, format.head}
-  unused = [
-    f"unused: {name}"
-    for name in there
-    if name not in used
-    and not (format.ignored and re.search(format.ignored, name))
-  ]
-  wrong = [*missing, *misshapen, *unused]
-  if wrong:
-    raise ValueError(
-      f"load_pretrained: the tensors in {folder} are not those of"
-      f" {format.title} of its configuration:\n  " + "\n  ".join(wrong)
-    )
-  return by_name, head
+  return make_plan(path, dtype).model
 
 
 def _check_head(plan):
@@ -358,19 +232,3 @@ def _shardings(model, sharding) -> dict[str, Any]:
       )
     kind.shard_shape(shape.shape)  # Refuses what does not divide.
   return found
-
-
-def _format(folder, fields) -> Format:
-  if "quantization_config" in fields:
-    raise NotImplementedError(
-      f"load_pretrained: {folder} holds quantised weights"
-      " (quantization_config); take the checkpoint that they were made of."
-    )
-  for format in FORMATS:
-    if format.matches(fields):
-      return format
-  raise NotImplementedError(
-    f"load_pretrained: {folder} is of model_type {fields.get('model_type')!r}"
-    f" and architectures {fields.get('architectures')!r}, expected"
-    f" {', '.join(f.title for f in FORMATS)}."
-  )

@@ -1,0 +1,208 @@
+"""What is to be loaded: a checkpoint's names and shapes against a model's."""
+
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ssmjax.interop.families import FORMATS
+from ssmjax.interop.folders import (
+  find_config,
+  find_folder,
+  list_tensors,
+  read_object,
+)
+from ssmjax.interop.formats import SAME, Format, Tensor, lacking
+from ssmjax.interop.naming import layers, parameter_name, parameters
+from ssmjax.models import LanguageModel
+
+__all__ = ["Place", "Plan", "make_plan"]
+
+
+class Place(NamedTuple):
+  """Where a tensor goes: the parameter, and the layer of its stack."""
+
+  parameter: str
+  layer: int | None
+  entry: Tensor
+
+
+class Plan(NamedTuple):
+  """What is to be loaded.
+
+  Attributes:
+    model: abstract.
+    shapes: of the parameters, by name.
+    files: what each holds.
+    places: of tensors, by their names.
+    absent: places of the tensors that the configuration rules out.
+    head: names of the output matrix, if there is one that has to repeat the
+      embedding, and of the embedding.
+  """
+
+  model: LanguageModel
+  shapes: dict[str, jax.ShapeDtypeStruct]
+  files: dict[pathlib.Path, list[str]]
+  places: dict[str, Place]
+  absent: list[Place]
+  head: tuple[str, str] | None
+
+
+def make_plan(path, dtype) -> Plan:
+  """Check a folder, by its configuration and its files' headers alone."""
+  folder = find_folder(path)
+  dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+  if dtype.name not in ("float32", "bfloat16", "float16"):
+    raise ValueError(
+      f"load_pretrained: dtype is {dtype.name}, expected float32, bfloat16 or"
+      " float16."
+    )
+  file = find_config(folder)
+  fields = read_object(file)
+  format, model = _described(file, fields, getattr(jnp, dtype.name))
+  config = model.config
+  absent_parameters = format.absent(fields)
+  places: list[Place] = []
+  absent: list[Place] = []
+  for entry in format.entries(config):
+    places.append(Place(entry.parameter, None, entry))
+  if not config.tie_embeddings:
+    places.append(Place("head", None, Tensor("head", (format.head,), SAME)))
+  for number, position, repeat in layers(model):
+    for entry in format.entries(config, number):
+      name = f"blocks.{position}.{entry.parameter}"
+      called = tuple(text.format(number) for text in entry.names)
+      place = Place(name, repeat, entry._replace(names=called))
+      if entry.parameter not in absent_parameters:
+        places.append(place)
+      elif entry.default is not None:
+        absent.append(place)
+  narrow = {p.parameter for p in (*places, *absent) if not p.entry.wide}
+  model = jax.tree.map_with_path(
+    lambda path, x: jax.ShapeDtypeStruct(
+      x.shape, dtype if parameter_name(path) in narrow else x.dtype
+    ),
+    model,
+  )
+  shapes = parameters(model)
+  files = list_tensors(folder)
+  by_name, head = _match(file, format, places, shapes, files)
+  names = {file: list(found) for file, found in files.items()}
+  return Plan(model, shapes, names, by_name, absent, head)
+
+
+def _described(file, fields, dtype) -> tuple[Format, LanguageModel]:
+  """The format, and the abstract model; an error names the file."""
+  try:
+    format = _format(fields)
+    config = format.read_config(fields, dtype)
+    # Which checks what a layer's own sizes have to do with each other.
+    model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+  except ValueError as error:
+    raise ValueError(
+      f"load_pretrained: {file}: {error} Download it again, or mend it as the"
+      " model was trained."
+    ) from error
+  except NotImplementedError as error:
+    raise NotImplementedError(
+      f"load_pretrained: {file}: {error} The library that published the model"
+      " loads it."
+    ) from error
+  return format, model
+
+
+def _match(file, format, places, shapes, files):
+  """Places by the names that are there, or one error with all that is wrong."""
+  there = {name: x for found in files.values() for name, x in found.items()}
+  by_name = {}
+  missing, misshapen = [], []
+  for place in places:
+    name = next((n for n in place.entry.names if n in there), None)
+    if name is None:
+      missing.append(f"missing: {' or '.join(place.entry.names)}")
+      continue
+    by_name[name] = place
+    shape = shapes[place.parameter].shape
+    if place.layer is not None:
+      shape = shape[1:]
+    # As many zeros as are wanted in the memory of one.
+    zeros = np.broadcast_to(np.int8(0), place.entry.shape(shape))
+    shape = place.entry.layout.give(zeros).shape
+    found, dtype = there[name]
+    if found != shape:
+      misshapen.append(f"misshapen: {name} has shape {found}, expected {shape}")
+    elif not jnp.issubdtype(dtype, jnp.floating):
+      misshapen.append(
+        f"of another type: {name} is {dtype.name}, expected floating"
+      )
+  head = None
+  embeddings = [n for n, p in by_name.items() if p.parameter == "embedding"]
+  if format.head in there and format.head not in by_name and embeddings:
+    head = (format.head, embeddings[0])
+    found, expected = (there[name][0] for name in head)
+    if found != expected:
+      misshapen.append(
+        f"misshapen: {head[0]} has shape {found}, expected {expected}, as"
+        f" {head[1]}"
+      )
+  used = {*by_name, format.head}
+  unused = [
+    f"unused: {name}"
+    for name in there
+    if name not in used
+    and not (format.ignored and re.search(format.ignored, name))
+  ]
+  wrong = [*missing, *misshapen, *unused]
+  if wrong:
+    raise ValueError(
+      f"load_pretrained: the tensors in {file.parent} are not those of"
+      f" {format.title} of its {file.name}:\n  " + "\n  ".join(_grouped(wrong))
+    )
+  return by_name, head
+
+
+def _grouped(lines: list[str]) -> list[str]:
+  """What is wrong with every layer alike in one line: `layers.{0-63}.D`."""
+  found: dict[tuple[str, ...], list[int]] = {}
+  for line in lines:
+    before, *rest = re.split(r"(?<=\.)(0|[1-9]\d*)(?=\.)", line, maxsplit=1)
+    found.setdefault((before, *rest[1:]), []).extend(map(int, rest[:1]))
+  return [_ranges(numbers).join(ends) for ends, numbers in found.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+  """As `{0-2, 4}`, or one alone."""
+  if len(numbers) < 2:
+    return "".join(map(str, numbers))
+  pairs: list[list[int]] = []
+  for number in sorted(numbers):
+    if pairs and number == pairs[-1][-1] + 1:
+      pairs[-1][1:] = [number]
+    else:
+      pairs.append([number])
+  return f"{{{', '.join('-'.join(map(str, pair)) for pair in pairs)}}}"
+
+
+def _format(fields) -> Format:
+  if fields.get("quantization_config") is not None:
+    raise NotImplementedError(
+      "it tells of quantised weights (quantization_config). Take the checkpoint"
+      " that they were made of."
+    )
+  if fields.get("per_layer_config"):
+    raise lacking(
+      f"per_layer_config is {fields['per_layer_config']!r}",
+      "published model whose layers differ so",
+    )
+  for format in FORMATS:
+    if format.matches(fields):
+      return format
+  titles = ", ".join(format.title for format in FORMATS)
+  raise NotImplementedError(
+    f"it is of model_type {fields.get('model_type')!r} and architectures"
+    f" {fields.get('architectures')!r}, expected {titles}."
+  )
