@@ -82,33 +82,50 @@ def rope(
     fraction: likewise, of the part.
     share: the part where nothing is said.
   """
-  scaling = fields.get("rope_scaling")
-  found = fields.get("rope_parameters") or {}
-  for name, value in (("rope_scaling", scaling), ("rope_parameters", found)):
+  found: dict[str, Any] = {}
+  for name in ("rope_parameters", "rope_scaling"):
+    value = fields.get(name)
     if value is not None and not isinstance(value, dict):
       raise refusal(name, value, "an object")
-    kind = (value or {}).get("rope_type", (value or {}).get("type", "default"))
+    # The latter, the older name, wins there too.
+    found = value or found
+    kind = found.get("rope_type", found.get("type", "default"))
     if kind != "default":
       raise lacking(f"{name} has the type {kind!r}", "scaling of positions")
+    if any(isinstance(inner, dict) for inner in found.values()):
+      raise lacking(
+        f"{name} is {value!r}", "rotation that differs from layer to layer"
+      )
   values = []
   for name, old, default in (
     ("rope_theta", theta, 10_000.0),
     ("partial_rotary_factor", fraction, share),
   ):
-    value = found.get(name, fields.get(old, default))
-    values.append(positive_number({name: value}, name, default))
+    value = positive_number(
+      {name: found.get(name, fields.get(old, default))}, name, default
+    )
+    # Written beside its older name, it is the same, or one of them is lost.
+    if fields.get(name) not in (None, value):
+      raise refusal(
+        name, fields[name], f"{value}, as rope_parameters or {old} has it"
+      )
+    values.append(value)
   return values[0], values[1]
 
 
-def heads(fields: dict[str, Any], d_model: int) -> dict[str, int | None]:
-  """Read num_attention_heads, num_key_value_heads and head_dim."""
-  count = whole_number(fields, "num_attention_heads")
-  shared = fields.get("num_key_value_heads")
-  if shared is not None:
-    shared = whole_number(fields, "num_key_value_heads")
-  width = fields.get("head_dim")
-  if width is not None:
-    width = whole_number(fields, "head_dim")
+def heads(
+  fields: dict[str, Any],
+  d_model: int,
+  names: tuple[str, str, str] = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+  ),
+) -> dict[str, int | None]:
+  """Read how many heads there are, how many of keys, and how wide one is."""
+  count = whole_number(fields, names[0])
+  shared, width = (
+    None if fields.get(name) is None else whole_number(fields, name)
+    for name in names[1:]
+  )
   return {
     "num_heads": count,
     "num_kv_heads": None if shared in (None, count) else shared,

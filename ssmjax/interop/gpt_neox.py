@@ -35,14 +35,20 @@ _ACTIVATIONS: dict[str, Literal["gelu", "gelu_exact"]] = {
 
 
 def _config(fields: dict[str, Any], dtype: Any) -> ModelConfig:
-  activation = fields.get("hidden_act", "gelu")
+  activation = str(fields.get("hidden_act", "gelu"))
   if activation not in _ACTIVATIONS:
     raise lacking(f"hidden_act is {activation!r}", "such activation")
   d_model = whole_number(fields, "hidden_size")
   theta, fraction = rope(fields, "rotary_emb_base", "rotary_pct", 0.25)
+  # Not its fields; but the rotation there would be of head_dim channels.
   found: dict[str, Any] = heads(
-    {"num_attention_heads": fields.get("num_attention_heads")}, d_model
+    {"num_key_value_heads": None, **fields}, d_model
   )
+  for name, field in (
+    ("num_kv_heads", "num_key_value_heads"), ("head_dim", "head_dim")
+  ):  # fmt: skip
+    if found[name] is not None:
+      raise lacking(f"{field} is {found[name]}", "such GPT-NeoX")
   bias = flag(fields, "attention_bias", True)
   mixer = AttentionConfig(
     **found, rope_theta=theta, rotary_fraction=fraction, bias=bias,

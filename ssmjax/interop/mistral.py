@@ -34,35 +34,53 @@ def _hf_config(fields: dict[str, Any], dtype: Any) -> ModelConfig:
     raise lacking(f"hidden_act is {fields['hidden_act']!r}", "such gate")
   d_model = whole_number(fields, "hidden_size")
   theta, fraction = rope(fields, "rope_theta", "partial_rotary_factor", 1.0)
+  if fraction != 1:
+    # Transformers would turn all of a head whatever this says.
+    raise lacking(f"partial_rotary_factor is {fraction}", "such Mistral")
   # What transformers takes for a field that is not there.
-  window = fields.get("sliding_window", 4096)
+  window = _window({"sliding_window": 4096, **fields}, "sliding_window")
+  kind = "full_attention" if window is None else "sliding_attention"
+  layers = whole_number(fields, "num_hidden_layers")
+  if fields.get("layer_types") not in (None, [kind] * layers):
+    raise lacking(
+      f"layer_types is {fields['layer_types']!r} with sliding_window={window}",
+      "Mistral whose layers differ",
+    )
   found: dict[str, Any] = heads({"num_key_value_heads": 8, **fields}, d_model)
   return _model(
-    fields, dtype, d_model, whole_number(fields, "num_hidden_layers"),
+    fields, dtype, d_model, layers,
     whole_number(fields, "intermediate_size"),
     positive_number(fields, "rms_norm_eps", 1e-6),
     flag(fields, "tie_word_embeddings", False),
-    window=_window(window), rope_theta=theta, rotary_fraction=fraction, **found,
+    window=window, rope_theta=theta, **found,
   )  # fmt: skip
 
 
 def _native_config(fields: dict[str, Any], dtype: Any) -> ModelConfig:
+  # Every null is a part that the model has not.
+  fields = {name: value for name, value in fields.items() if value is not None}
   refuse_unknown(fields, _NATIVE_FIELDS)
+  if fields.get("model_type", "transformer") != "transformer":
+    raise refusal("model_type", fields["model_type"], "'transformer'")
   d_model = whole_number(fields, "dim")
-  window = _window(fields.get("sliding_window"))
+  if {"sliding_window", "_sliding_window"} <= fields.keys():
+    raise refusal(
+      "_sliding_window", fields["_sliding_window"],
+      "null where sliding_window is not",
+    )  # fmt: skip
+  # mistral-inference takes either name.
+  name = next((n for n in fields if n.endswith("sliding_window")), "")
+  window = _window(fields, name)
   theta = fields.get("rope_theta", None if window is None else 10_000.0)
   if theta is None:
     # Versions of the package take 10⁴ or 10⁶.
     raise refusal(
-      "rope_theta", theta, "a number above 0, as the model card has"
-    )
+      "rope_theta", theta,
+      "a number above 0, which the config.json of the same repository has:"
+      " readers do not agree on what to take without one",
+    )  # fmt: skip
   found: dict[str, Any] = heads(
-    {
-      "num_attention_heads": fields.get("n_heads"),
-      "num_key_value_heads": fields.get("n_kv_heads"),
-      "head_dim": fields.get("head_dim"),
-    },
-    d_model,
+    fields, d_model, ("n_heads", "n_kv_heads", "head_dim")
   )
   return _model(
     fields, dtype, d_model, whole_number(fields, "n_layers"),
@@ -88,10 +106,11 @@ def _model(fields, dtype, d_model, layers, hidden, epsilon, tied, **mixer):
   )
 
 
-def _window(value: Any) -> int | None:
-  if value is None:
-    return None
-  return whole_number({"sliding_window": value}, "sliding_window")
+def _window(fields: dict[str, Any], name: str) -> int | None:
+  value = fields.get(name)
+  if isinstance(value, list):
+    raise lacking(f"{name} is {value!r}", "window for each layer")
+  return None if value is None else whole_number(fields, name)
 
 
 def _hf_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -223,7 +242,7 @@ def _pairs(heads: int) -> Layout:
 _NATIVE_FIELDS = {
   *("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads"),
   *("norm_eps", "vocab_size", "rope_theta", "sliding_window"),
-  "tied_embeddings",
+  *("_sliding_window", "tied_embeddings", "model_type"),
   # About no number.
   *("max_batch_size", "max_position_embeddings", "max_seq_len"),
 }

@@ -49,7 +49,15 @@ def _config(fields: dict[str, Any], dtype: Any) -> ModelConfig:
   layers = whole_number(fields, "num_hidden_layers")
   hidden = whole_number(fields, "intermediate_size")
   theta, fraction = rope(fields, "rope_theta", "partial_rotary_factor", 0.5)
-  found: dict[str, Any] = heads({**fields, "head_dim": None}, d_model)
+  found: dict[str, Any] = heads(fields, d_model)
+  if found["head_dim"] is not None:
+    raise lacking(f"head_dim is {found['head_dim']}", "such RecurrentGemma")
+  for name in ("layer_types", "layers_block_type"):
+    if name in fields:
+      raise refusal(name, fields[name], "none: block_types says what they are")
+  window = "attention_window_size"
+  if "sliding_window" in fields:
+    window = "sliding_window"  # Its other name there, which wins.
   width = fields.get("lru_width")
   kinds: dict[str, Any] = {
     "recurrent": RGLRUConfig(
@@ -62,14 +70,15 @@ def _config(fields: dict[str, Any], dtype: Any) -> ModelConfig:
       **found,
       rope_theta=theta,
       rotary_fraction=fraction,
-      window=whole_number(fields, "attention_window_size", 2048),
+      window=whole_number(fields, window, 2048),
       bias=flag(fields, "attention_bias", False),
       out_bias=True,
       dtype=dtype,
     ),
   }
   pattern = fields.get("block_types", list(_DEFAULT))
-  if not pattern or any(name not in kinds for name in pattern):
+  listed = isinstance(pattern, list) and pattern
+  if not listed or any(str(name) not in kinds for name in pattern):
     raise refusal("block_types", pattern, "a list of 'recurrent', 'attention'")
   if layers % len(pattern):
     # The published 26 layers end within a pattern of three.
