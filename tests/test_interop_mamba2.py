@@ -28,6 +28,7 @@ from ssmjax.interop import (
   load_pretrained,
   save_pretrained,
 )
+from ssmjax.interop.tensor_files import read_tensors
 from ssmjax.models import (
   LanguageModel,
   Mamba2Config,
@@ -179,13 +180,37 @@ def test_native_mamba2_is_the_model_of_transformers(tmp_path):
 def test_mistrals_own_form_is_the_native_one_under_another_name(tmp_path):
   config = ModelConfig(10, 32, 2, (Mamba2Config(),), tie_embeddings=False)
   model = drawn(config)
-  save_pretrained(tmp_path / "a", model, format="native")
+  save_pretrained(tmp_path / "a", model, format="native", dtype=jnp.bfloat16)
   folder = tmp_path / "b"
   folder.mkdir()
   (folder / "params.json").write_text(json.dumps(MISTRAL))
   with_prefix(tmp_path / "a", folder / "consolidated.safetensors")
   again = load_pretrained(folder)
   assert again.config == config
+  rounded = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+  assert_same(again, jax.tree.map(rounded, model))
+  # The way back, from activations in bfloat16 too.
+  half = load_pretrained(folder, dtype=jnp.bfloat16)
+  save_pretrained(tmp_path / "c", half, format="mistral", dtype="bfloat16")
+  (fields, file) = sorted((tmp_path / "c").iterdir(), reverse=True)
+  assert json.loads(fields.read_text()) == MISTRAL
+  found, expected = (
+    {name: (x.dtype, x.shape, x.tobytes()) for name, x in tensors.items()}
+    for tensors in map(read_tensors, (file, folder / file.name))
+  )
+  assert found == expected
+  assert file.name == "consolidated.safetensors"
+
+
+def test_mistrals_readers_get_an_output_matrix_that_is_tied(tmp_path):
+  model = drawn(ModelConfig(10, 32, 1, (Mamba2Config(),)))
+  save_pretrained(tmp_path / "out", model, format="mistral")
+  found = read_tensors(tmp_path / "out" / "consolidated.safetensors")
+  np.testing.assert_array_equal(
+    found["model.lm_head.weight"], found["model.backbone.embedding.weight"]
+  )
+  again = load_pretrained(tmp_path / "out")
+  assert again.config == model.config
   assert_same(again, model)
 
 
@@ -303,6 +328,9 @@ def test_mamba2_that_is_not_here_is_refused_by_what_it_lacks(
      "norm_epsilon of Mamba2Config is 1e-06"),
     ([Mamba2Config(head_dim=4)], {"mlp_ratio": 2}, "native", "an MLP"),
     ([MambaConfig(norm_epsilon=1e-6)], {}, "native", "no norms of B, C and Δ"),
+    ([MambaConfig()], {}, "mistral", "'mistral' .* or format='hf'"),
+    ([Mamba2Config(head_dim=4, dt_greatest=1.0)], {}, "mistral",
+     "head_dim=4; dt_greatest=1.0. Use format='native'"),
   ],
 )  # fmt: skip
 def test_mamba2_that_a_format_cannot_hold_is_not_saved(

@@ -104,6 +104,22 @@ def test_bfloat16_model_is_saved_in_its_dtypes(tmp_path):
   assert_same(again, model)
 
 
+def test_model_is_saved_in_one_dtype_if_asked(tmp_path):
+  model = jax.tree.map(jnp.copy, whole_model())
+  save_pretrained(tmp_path / "out", model, dtype=jnp.bfloat16)
+  found = header_of(tmp_path / "out" / "model.safetensors")
+  del found["__metadata__"]
+  assert {entry["dtype"] for entry in found.values()} == {"BF16"}
+  fields = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert fields["torch_dtype"] == "bfloat16"
+  model.norm.scale = nnx.Param(model.norm.scale[...] * 1e6)
+  with pytest.raises(ValueError, match=r"norm_f\.weight has numbers beyond"):
+    save_pretrained(tmp_path / "half", model, dtype="float16")
+  with pytest.raises(ValueError, match="dtype is 'int8', expected one of"):
+    save_pretrained(tmp_path / "half", model, dtype="int8")
+  assert not (tmp_path / "half").exists()
+
+
 def test_large_model_is_saved_in_shards(tmp_path):
   model = whole_model()
   save_pretrained(tmp_path / "out", model, shard_size=6000)
@@ -125,6 +141,15 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr("ssmjax.interop.saving._flush", fail)
   with pytest.raises(OSError, match="no space left"):
     save_pretrained(tmp_path / "out", whole_model())
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_tensor_that_cannot_be_read_leaves_nothing(tmp_path):
+  model = jax.tree.map(jnp.copy, whole_model())
+  # The last that is written.
+  model.blocks[0].mixer.out_proj[...].delete()
+  with pytest.raises(RuntimeError, match="deleted"):
+    save_pretrained(tmp_path / "out", model)
   assert list(tmp_path.iterdir()) == []
 
 

@@ -175,7 +175,7 @@ def test_mistral_of_params_json_equals_that_of_transformers(tmp_path):
   (native / "params.json").write_text(json.dumps(fields))
   write(native / "consolidated.safetensors", native_tensors(folder))
   assert_same(load_pretrained(native), expected)
-  save_pretrained(tmp_path / "saved", expected, format="native")
+  save_pretrained(tmp_path / "saved", expected, format="mistral")
   found = tensors_of(tmp_path / "saved", "consolidated.safetensors")
   wanted = tensors_of(native, "consolidated.safetensors")
   assert_same_tensors(found, wanted)

@@ -77,13 +77,14 @@ class Format:
 
   Attributes:
     name: as `save_pretrained` takes it.
+    also: other names that it goes by there.
     title: what errors call it.
     matches: whether a configuration file is of this format.
     read_config: a configuration file's fields and the dtype of activations to
       the model's configuration.
     mixer: the kind of layer that it holds.
     write_config: the way back, given the name of the weights' dtype; refuses
-      what the format cannot hold. None where there is no way back.
+      what the format cannot hold.
     tensors: of the model outside its layers.
     layer_tensors: of each layer, in which `{}` is its number.
     table: from the configuration and a layer's number, None for what is
@@ -91,6 +92,7 @@ class Format:
       `layer_tensors`, where sizes matter or layers are not all alike.
     head: name of the output matrix; where embeddings are tied it repeats the
       embedding, or is left out.
+    repeats_head: it is written then, for readers that want every name.
     absent: from the fields, parameters of layers that have no tensor. One
       whose entry has no default is not in the model either.
     holds: whether it has words for such a model; of the formats of a name and
@@ -105,11 +107,13 @@ class Format:
   matches: Callable[[dict[str, Any]], bool]
   read_config: Callable[[dict[str, Any], Any], ModelConfig]
   mixer: type
-  write_config: Callable[[ModelConfig, str], dict[str, Any]] | None = None
+  write_config: Callable[[ModelConfig, str], dict[str, Any]]
   tensors: tuple[Tensor, ...] = ()
   layer_tensors: tuple[Tensor, ...] = ()
   table: Callable[[ModelConfig, int | None], tuple[Tensor, ...]] | None = None
+  also: tuple[str, ...] = ()
   head: str = "lm_head.weight"
+  repeats_head: bool = False
   absent: Callable[[dict[str, Any]], set[str]] = lambda fields: set()
   holds: Callable[[ModelConfig], bool] = lambda config: True
   ignored: str | None = None

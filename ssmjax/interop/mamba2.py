@@ -183,13 +183,36 @@ def _mistral_config(fields, dtype) -> ModelConfig:
   )
 
 
+def _mistral_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:
+  fields = _native_fields(config, dtype)
+  mixer: Any = config.mixers[0]
+  # Of a layer it says the groups alone, and its readers take these defaults.
+  whole = mixer.d_ssm in (None, mixer.expand * config.d_model)
+  reasons = [
+    f"{size}={getattr(mixer, size)!r}"
+    for size in _SIZES
+    if size != "n_groups"
+    and not (size == "d_ssm" and whole)
+    and getattr(mixer, size) != getattr(Mamba2Config(), size)
+  ]
+  if reasons:
+    raise NotImplementedError(
+      "save_pretrained: Mistral's own form of a Mamba-2 cannot hold"
+      f" {'; '.join(reasons)}. Use format='native'."
+    )
+  return {
+    "dim": config.d_model,
+    "n_layers": config.n_layers,
+    **{name: fields[name] for name in _MISTRAL_SHARED & fields.keys()},
+    "n_groups": mixer.n_groups,
+    # Its readers want this, too, where the package has a default.
+    "tie_embeddings": config.tie_embeddings,
+    "model_type": "mamba",
+  }
+
+
 def _check_savable(config: ModelConfig) -> None:
-  # What is only about initial values, or how it is computed, may differ.
-  sizes = (
-    *("d_state", "d_conv", "expand", "head_dim", "d_ssm", "n_groups"),
-    *("dt_least", "dt_greatest", "norm", "norm_epsilon", "skip_per_channel"),
-  )
-  check_savable(config, Mamba2Config, "Mamba-2", sizes)
+  check_savable(config, Mamba2Config, "Mamba-2", _SIZES)
 
 
 def _limits(fields, name) -> tuple[float, float | None]:
@@ -221,6 +244,11 @@ def _absent(settings: Callable[[dict], dict]):
   return absent
 
 
+# What is only about initial values, or how it is computed, may differ.
+_SIZES = (
+  *("d_state", "d_conv", "expand", "head_dim", "d_ssm", "n_groups"),
+  *("dt_least", "dt_greatest", "norm", "norm_epsilon", "skip_per_channel"),
+)
 _LAYER_TENSORS = (
   ("in_proj", "in_proj.weight", LINEAR, False, None),
   ("conv.weight", "conv1d.weight", DEPTHWISE, True, None),
@@ -282,8 +310,11 @@ FORMATS = (
       and {"dim", "n_groups"} <= fields.keys()
     ),
     read_config=_mistral_config,
-    head="model.lm_head.weight",
     mixer=Mamba2Config,
+    write_config=_mistral_fields,
+    head="model.lm_head.weight",
+    repeats_head=True,
+    files=("params.json", "consolidated.safetensors"),
     **model_tensors((f"model.{EMBEDDING}",), _LAYER_TENSORS, "model."),
   ),
 )

@@ -263,6 +263,7 @@ FORMATS = (
   ),
   Format(
     name="native",
+    also=("mistral",),
     title="a Mistral of params.json",
     matches=lambda fields: {"dim", "n_heads", "hidden_dim"} <= fields.keys(),
     read_config=_native_config,

@@ -24,14 +24,15 @@ def save_pretrained(
   path: str | os.PathLike,
   model: LanguageModel,
   *,
-  format: Literal["hf", "native"] = "hf",
+  format: Literal["hf", "native", "mistral"] = "hf",
+  dtype: Any = None,
   shard_size: int = 5 * 10**9,
 ) -> None:
   """Save a model as a folder that other libraries load.
 
   The folder appears whole or not at all: it is written under another name
   beside its place, flushed to disk, and renamed. Tensors leave the devices one
-  layer at a time, in the dtype that they have.
+  layer at a time.
 
   Args:
     path: the folder to make; one that is there has to be empty.
@@ -40,19 +41,29 @@ def save_pretrained(
     format: `"hf"`, which `transformers.AutoModelForCausalLM.from_pretrained`
       loads; `"native"`, the names and the configuration of the mamba_ssm
       package, whose `MambaLMHeadModel` takes the file by
-      `safetensors.torch.load_model`; for a Mistral, its params.json and
-      consolidated.safetensors.
+      `safetensors.torch.load_model`; `"mistral"`, params.json and
+      consolidated.safetensors as mistral-inference reads them, of a Mamba-2
+      (as Codestral is published) or a Mistral, whose `"native"` is the same.
+    dtype: of every tensor in the files: float32, bfloat16 or float16; None for
+      the one that each has. A checkpoint all of one dtype is saved in it as
+      it was loaded: what was widened to float32 here was rounded before.
     shard_size: bytes of tensors that a file may hold; more go into several
       files with an index (but not consolidated.safetensors). One tensor is
       never divided.
 
   Raises:
     ValueError: the folder is there and not empty; parameters that this process
-      does not see whole; a format that is not known.
+      does not see whole; a format or dtype that is not known; a number that
+      the dtype asked for does not reach.
     NotImplementedError: what the format cannot hold, by name: polarized
       channels, sizes or parts that its models do not have, other layers.
   """
-  check_choice("save_pretrained", "format", format, ("hf", "native"))
+  check_choice("save_pretrained", "format", format, ("hf", "native", "mistral"))
+  if dtype is not None:
+    dtype = np.dtype(dtype)
+    check_choice(
+      "save_pretrained", "dtype", dtype.name, ("float32", "bfloat16", "float16")
+    )
   folder = pathlib.Path(path)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(
@@ -64,8 +75,11 @@ def save_pretrained(
       f"save_pretrained: shard_size is {shard_size}, expected bytes, 1 or more."
     )
   chosen = _chosen(model.config, format)
-  config = chosen.write_config(model.config, _dtype(model))
+  name = _dtype(model) if dtype is None else dtype.name
+  config = chosen.write_config(model.config, name)
   specs = _specs(chosen, model, chosen.absent(config))
+  if dtype is not None:
+    specs = {name: _cast(name, spec, dtype) for name, spec in specs.items()}
   folder.parent.mkdir(parents=True, exist_ok=True)
   half = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
   half.mkdir()
@@ -86,19 +100,20 @@ def _chosen(config, name):
   fitting = [
     format
     for format in FORMATS
-    if format.mixer in kinds and format.write_config and format.holds(config)
+    if format.mixer in kinds and format.holds(config)
   ]
   # RecurrentGemma's holds attention too, and may begin with it.
   fitting.sort(key=lambda format: format.mixer is AttentionConfig)
   for format in fitting:
-    if format.name == name:
+    if name in (format.name, *format.also):
       return format
+  names = dict.fromkeys(f"format={format.name!r}" for format in fitting)
   raise NotImplementedError(
     f"save_pretrained: no published format that is called {name!r} is known for"
     f" layers of {' and '.join(sorted(kind.__name__ for kind in kinds))}."
     + (
-      f" Use format={fitting[0].name!r}."
-      if fitting
+      f" Use {' or '.join(names)}."
+      if names
       else " Keep the model as a checkpoint of ssmjax.training."
     )
   )
@@ -124,9 +139,10 @@ def _specs(format, model, absent) -> dict[str, TensorSpec]:
         continue
       array = arrays[f"blocks.{position}.{entry.parameter}"]
       specs[entry.names[0].format(number)] = _spec(entry, array, repeat)
-  if not model.config.tie_embeddings:
-    entry = Tensor("head", (format.head,), SAME)
-    specs[format.head] = _spec(entry, arrays["head"], None)
+  tied = model.config.tie_embeddings
+  if not tied or format.repeats_head:
+    entry = Tensor("embedding" if tied else "head", (format.head,), SAME)
+    specs[format.head] = _spec(entry, arrays[entry.parameter], None)
   return specs
 
 
@@ -142,6 +158,21 @@ def _spec(entry, array, repeat) -> TensorSpec:
     return entry.layout.give(np.asarray(jax.device_get(part)))
 
   return TensorSpec(like.shape, np.dtype(array.dtype), get)
+
+
+def _cast(name, spec, dtype) -> TensorSpec:
+  def get():
+    array = spec.get()
+    with np.errstate(over="ignore"):
+      cast = array.astype(dtype)
+    if np.isinf(cast).sum() > np.isinf(array).sum():
+      raise ValueError(
+        f"save_pretrained: {name} has numbers beyond {dtype.name}, which dtype"
+        " asks for. Use dtype='bfloat16', or None."
+      )
+    return cast
+
+  return spec._replace(dtype=dtype, get=get)
 
 
 def _dtype(model) -> str:
