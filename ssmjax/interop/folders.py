@@ -41,6 +41,7 @@ def find_config(folder: pathlib.Path) -> pathlib.Path:
       return folder / name
   raise ValueError(
     f"load_pretrained: {folder} has neither config.json nor params.json."
+    " Download the whole repository (huggingface_hub.snapshot_download)."
   )
 
 
@@ -83,7 +84,9 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
-    raise ValueError(f"load_pretrained: {path} is no JSON: {error}") from error
+    raise ValueError(
+      f"load_pretrained: {path} is no JSON: {error}. Download it again."
+    ) from error
   if not isinstance(value, dict):
     raise ValueError(f"load_pretrained: {path} holds no object.")
   return value

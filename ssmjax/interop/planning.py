@@ -160,7 +160,9 @@ def _match(file, format, places, shapes, files):
   if wrong:
     raise ValueError(
       f"load_pretrained: the tensors in {file.parent} are not those of"
-      f" {format.title} of its {file.name}:\n  " + "\n  ".join(_grouped(wrong))
+      f" {format.title} of its {file.name}. The two have to be of one model,"
+      " with its output matrix: no base model, classifier or adapter alone.\n  "
+      + "\n  ".join(_grouped(wrong))
     )
   return by_name, head
 

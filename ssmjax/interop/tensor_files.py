@@ -39,6 +39,8 @@ _DTYPES = {code: np.dtype(dtype) for code, dtype in _NAMED.items()}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 # The published library refuses longer headers too.
 _LONGEST_HEADER = 100_000_000
+# How what stands for a file in a clone without Git LFS begins.
+_POINTER = b"version https://git-lfs"
 
 
 class TensorSpec(NamedTuple):
@@ -74,6 +76,13 @@ def read_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     ValueError: the file is not whole, or no such file.
     ImportError: a file of PyTorch's, and PyTorch is not installed.
   """
+  with open(path, "rb") as file:
+    start = file.read(len(_POINTER))
+  if start == _POINTER:
+    raise ValueError(
+      f"load_pretrained: {path} is not the file but Git's pointer to it. Run"
+      " git lfs pull in its folder, or huggingface_hub.snapshot_download."
+    )
   if path.suffix == ".safetensors":
     return _read_safetensors(path)
   return _read_pytorch(path)
@@ -196,7 +205,7 @@ def _no_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _broken(path, why) -> ValueError:
   return ValueError(
-    f"load_pretrained: {path.name} is no whole safetensors file: {why}."
+    f"load_pretrained: {path} is no whole safetensors file: {why}."
     " Download it again."
   )
 
