@@ -1,18 +1,24 @@
 """A file that is not whole, or not safe, is refused with the way out."""
 
 import json
+import pathlib
 import pickle
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from interop_checkpoints import (
+  EMBEDDING,
+  HEAD,
   HF,
+  LAYER,
   assert_same,
   checkpoint,
   raw,
+  shard,
   weights,
   whole_model,
   write,
@@ -70,6 +76,23 @@ def test_index_that_does_not_fit_its_files_is_refused(tmp_path, table, message):
     abstract_pretrained(folder)
 
 
+def test_what_is_wrong_with_layers_alike_takes_one_line(tmp_path):
+  folder = checkpoint(tmp_path, HF | {"num_hidden_layers": 5}, weights())
+  with pytest.raises(ValueError, match="adapter alone") as error:
+    abstract_pretrained(folder)
+  lines = str(error.value).splitlines()[1:]
+  assert "  missing: backbone.layers.{2-4}.norm.weight" in lines
+  assert len(lines) == 10
+
+
+def test_form_that_is_not_whole_gives_way_to_the_one_that_is(tmp_path):
+  folder = checkpoint(tmp_path, HF | {"model_type": "mistral"}, weights())
+  (folder / "params.json").write_text(json.dumps(HF))
+  file = folder / "model.safetensors"
+  file.rename(folder / "consolidated.safetensors")
+  abstract_pretrained(folder)
+
+
 @pytest.mark.parametrize(
   ("entries", "size", "message"),
   [
@@ -100,6 +123,7 @@ def test_file_whose_header_is_wrong_is_refused(
   ("data", "message"),
   [
     (b"", "0 bytes"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     (b"\xff" * 20, "header would take"),
     ((3).to_bytes(8, "little") + b"[1]", "no JSON object"),
     ((4).to_bytes(8, "little") + b'{"a"', "no JSON object"),
@@ -152,6 +176,67 @@ def test_pickle_is_only_opened_by_the_weights_only_reader(
   assert all(options["weights_only"] is True for options in calls)
 
 
+def test_shards_of_pickles_give_what_one_file_gives(tmp_path, monkeypatch):
+  opened = []
+
+  def load(path, **options):
+    opened.append(path.name)
+    with np.load(path) as arrays:
+      return {name: FakeTensor(array) for name, array in arrays.items()}
+
+  def save(part, path):
+    with open(path, "wb") as file:
+      np.savez(file, **part)
+
+  monkeypatch.setitem(sys.modules, "torch", fake_torch(load))
+  folder = sharded_pickles(tmp_path, weights(), save)
+  assert_same(load_pretrained(folder), whole_model())
+  # Their names and shapes first, the embedding and its copy, the tensors.
+  assert opened == [*SHARDS, *reversed(SHARDS), *SHARDS]
+  # Safetensors beside them are taken before, and no pickle is opened.
+  opened.clear()
+  shard(folder, {"a.safetensors": weights()})
+  load_pretrained(folder)
+  assert opened == []
+
+
+@pytest.mark.parametrize(
+  ("wrong", "message"),
+  [
+    ({"lacking": True}, "lacks pytorch_model-00002-of-00002.bin, which"),
+    (
+      {"again": True},
+      r"00002.bin holds \S+D \(in pytorch_model-00001-of-00002",
+    ),
+  ],
+)
+def test_shards_of_pickles_that_do_not_fit_are_refused(
+  tmp_path, monkeypatch, wrong, message
+):
+  def load(path, **options):
+    names = json.loads(path.read_text())
+    tensors = {name: FakeTensor(weights()[name]) for name in names}
+    first = f"{LAYER.format(0)}D"
+    if "again" in wrong and SHARDS[1] in path.name:
+      tensors[first] = FakeTensor(weights()[first])
+    return tensors
+
+  def save(part, path):
+    path.write_text(json.dumps(list(part)))
+
+  monkeypatch.setitem(sys.modules, "torch", fake_torch(load))
+  tensors = weights()
+  # D of the first layer in the first file.
+  tensors = {name: tensors[name] for name in sorted(tensors)[::-1]}
+  first = f"{LAYER.format(0)}D"
+  tensors = {first: tensors.pop(first)} | tensors
+  folder = sharded_pickles(tmp_path, tensors, save, head=False)
+  if "lacking" in wrong:
+    (folder / SHARDS[1]).unlink()
+  with pytest.raises(ValueError, match=message):
+    abstract_pretrained(folder)
+
+
 @pytest.mark.parametrize(
   ("held", "message"),
   [
@@ -198,13 +283,81 @@ def fake_torch(load, version="2.10.0+cpu"):
   )
 
 
-def test_real_pytorch_file_gives_what_safetensors_gives(tmp_path):
-  torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_real_pytorch_file_gives_what_safetensors_gives(tmp_path, zipped):
+  torch = real_torch()
   folder = checkpoint(tmp_path, HF, {})
   (folder / "model.safetensors").unlink()
   state = {name: torch.tensor(array) for name, array in weights().items()}
-  torch.save(state, folder / "pytorch_model.bin")
+  torch.save(
+    state,
+    folder / "pytorch_model.bin",
+    _use_new_zipfile_serialization=zipped,
+  )
   assert_same(load_pretrained(folder), whole_model())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_real_pytorch_shards_give_what_safetensors_gives(tmp_path, dtype):
+  torch = real_torch()
+
+  def save(part, path):
+    tensors = {name: torch.tensor(array) for name, array in part.items()}
+    # As models trained and transposed leave them: not contiguous, and with
+    # gradients; a tied matrix shares its memory.
+    for name, tensor in tensors.items():
+      tensor = tensor.to(getattr(torch, dtype))
+      if tensor.ndim == 2:
+        tensor = tensor.T.contiguous().T
+      tensors[name] = torch.nn.Parameter(tensor)
+    torch.save(tensors, path)
+
+  folder = sharded_pickles(tmp_path, weights(), save)
+  expected = jax.tree.map(
+    lambda x: x.astype(dtype).astype(jnp.float32), whole_model()
+  )
+  assert_same(load_pretrained(folder), expected)
+
+
+def test_real_pytorch_refuses_code_in_a_shard(tmp_path):
+  torch = real_torch()
+  ran = tmp_path / "ran"
+
+  class Code:
+    def __reduce__(self):
+      return pathlib.Path.touch, (ran,)
+
+  def save(part, path):
+    torch.save(part | {"D": Code()}, path)
+
+  folder = sharded_pickles(tmp_path, weights(), save)
+  with pytest.raises(ValueError, match="run as code"):
+    abstract_pretrained(folder)
+  assert not ran.exists()
+
+
+def real_torch():
+  return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+SHARDS = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+
+
+def sharded_pickles(folder, tensors, save, head=True):
+  """Two shards and their index; the embedding again, in the other one."""
+  (folder / "config.json").write_text(json.dumps(HF))
+  names = list(tensors)
+  parts = [{n: tensors[n] for n in names[i::2]} for i in range(2)]
+  if head:
+    there = EMBEDDING in parts[0]
+    parts[there][HEAD] = tensors[EMBEDDING]
+  table = {}
+  for file, part in zip(SHARDS, parts, strict=True):
+    save(part, folder / file)
+    table |= dict.fromkeys(part, file)
+  index = folder / "pytorch_model.bin.index.json"
+  index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
+  return folder
 
 
 class FakeTensor:
