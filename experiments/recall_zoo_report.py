@@ -40,7 +40,7 @@ def table(rows: list[dict[str, Any]], pairs: list[int], label: str) -> str:
       cells = [f"{shown['parameters']:,}", f"{state:,}", f"{speed:,.0f}"]
     cells += [*_cells(plain, pairs), *_cells(both, pairs)]
     lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-  return "\n".join([*lines, "", *_NOTES, ""])
+  return "\n".join([*lines, "", *_notes(rows, pairs), ""])
 
 
 def plot(
@@ -85,50 +85,89 @@ def plot(
   for i, count in enumerate(pairs):
     color = shades(0.85 * i / max(1, len(pairs) - 1))
     left.plot([], [], "o", color=color, label=f"{count} pairs")
+    left.axvline(100 / count, color=color, linestyle="--", linewidth=0.8)
   left.plot([], [], "s", color="black", markerfacecolor="white", label="both")
   left.set_yticks(range(len(order)), order)
   left.set_xlabel("accuracy, %")
   left.set_xlim(0, 102)
-  for kind, (plain, both) in kinds.items():
-    for row, marker in ((plain, "o"), (both, "s")):
-      if row is None:
-        continue
-      at = (row["runs"][0]["zoo"]["state"], _mean(row, pairs))
-      face = "white" if row is both else None
-      right.plot(*at, marker, color="#1f77b4", markerfacecolor=face)
-      if row is (plain or both):
-        right.annotate(
-          kind, at, fontsize=7, xytext=(4, 3), textcoords="offset points"
-        )
-  right.set_xscale("log")
+  right.set_xscale("log", base=2)
+  right.xaxis.set_major_formatter("{x:,.0f}")
   right.set_xlabel("state, numbers")
   right.set_ylabel("accuracy, mean over pairs, %")
   right.set_ylim(0, 102)
+  seen = mean([100 / count for count in pairs])
+  right.axhline(seen, color="grey", linestyle="--", linewidth=0.8)
   left.axvline(chance, color="grey", linestyle=":", label="chance")
   right.axhline(chance, color="grey", linestyle=":")
+  left.plot([], [], "--", color="grey", label="one of the values shown")
   left.legend(fontsize=8, loc="lower right")
   for axes in (left, right):
     axes.grid(alpha=0.3)
   figure.suptitle(label, fontsize=10)
   figure.tight_layout()
+  _points(right, kinds, pairs)
   temporary = path.with_suffix(f".{os.getpid()}.png")
   figure.savefig(temporary, dpi=130)
   os.replace(temporary, path)
   plt.close(figure)
 
 
-_NOTES = (
-  "Accuracy at 32 tokens, mean over n seeds (± standard deviation where n > 1);"
-  " a guess is right in one of half the vocabulary. State: numbers carried from"
-  " token to token by all layers, convolutions included, of the plain model;"
-  " attention's and Hyena's are for 32 tokens. Tokens/s: of training, the"
-  " median of the run's later half, all seeds together.",
-  "Slope: of the logarithm of influence, per token, fresh → trained, fitted on"
-  " 128 random tokens between the lags that convolutions reach and 64; ~ where"
-  f" it is no line (R² below {_LINE}). Sharpness: relative sharpness (mean"
-  " pairwise distance over mean norm) of the trained blocks' outputs, first →"
-  " last layer.",
-)
+def _points(axes, kinds, pairs) -> None:
+  """Put a named point for each row; a name that finds no room goes down."""
+  points = [
+    (kind, row, row["runs"][0]["zoo"]["state"], _mean(row, pairs))
+    for kind, both in kinds.items()
+    for row in both
+    if row
+  ]
+  for kind, row, *at in points:
+    plain = row is kinds[kind][0]
+    face = None if plain else "white"
+    axes.plot(*at, "os"[not plain], color="#1f77b4", markerfacecolor=face)
+  low, high = axes.get_xlim()
+  axes.set_xlim(low, 1.4 * high)
+  # In points of the page, so that room is where the reader sees it.
+  scale = 72 / axes.figure.dpi
+  taken: list[tuple[float, float]] = []
+  for kind, row, *at in sorted(points, key=lambda point: -point[-1]):
+    name = kind if row is kinds[kind][0] else f"{kind}-both"
+    x, y = scale * axes.transData.transform(at)
+    place = y
+    while any(
+      abs(x - left) < _NAME[0] and abs(place - low) < _NAME[1]
+      for left, low in taken
+    ):
+      place -= 1
+    taken.append((x, place))
+    axes.annotate(
+      name, at, xytext=(7, place - y - 2), textcoords="offset points",
+      fontsize=6, arrowprops=dict(arrowstyle="-", color="grey", linewidth=0.3),
+    )  # fmt: skip
+
+
+# Width and height of a name, in points.
+_NAME = (52, 7)
+
+
+def _notes(rows, pairs) -> tuple[str, ...]:
+  counts = {len(row["runs"]) for row in rows}
+  seeds = " or ".join(map(str, sorted(counts)))
+  seeds += " seed" if counts == {1} else " seeds"
+  shown = " / ".join(f"{100 / count:.3g}" for count in pairs)
+  return (
+    f"Accuracy at 32 tokens, mean over {seeds} (± standard deviation where"
+    " there are more than one); a guess is right in one of half the vocabulary,"
+    " a model that knows which values were shown but not with which key in"
+    f" about {shown} %. State: numbers carried from token to token by all"
+    " layers, convolutions included, of the plain model; attention's and"
+    " Hyena's are for 32 tokens. Tokens/s: of training, the median of the"
+    " run's later half, all seeds together.",
+    "Slope: of the logarithm of influence, per token, fresh → trained, fitted"
+    " on 128 random tokens between the lags that convolutions reach and 64; ~"
+    f" where it is no line (R² below {_LINE}). Sharpness: relative sharpness"
+    " (mean pairwise distance over mean norm) of the trained blocks' outputs,"
+    " first → last layer.",
+  )
 
 
 def _kinds(rows):
