@@ -4,7 +4,6 @@ import functools
 import json
 import pathlib
 
-import appendix_b
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from checks import assert_close, quick
 from flax import nnx
 
-from ssmjax import ops, theory
+from ssmjax import ops
 from ssmjax.models import (
   CEMA,
   CEMAConfig,
@@ -121,35 +120,6 @@ def test_base_angles_are_the_published_ones_in_random_order():
   assert (np.diff(share) < 0).any()
   single = lambda key: CEMA(1, CEMAConfig(2), rngs=nnx.Rngs(key)).A_theta[...]
   assert np.isfinite(quick(single)(jax.random.key(0)))
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("polarization", [BOTH, None])
-def test_theorems_hold_for_the_layer(strict, x64, polarization):
-  config = CEMAConfig(2, expand=1, polarization=polarization)
-  x = jax.random.normal(jax.random.key(1), (2, 8, 4), jnp.float32)
-
-  @quick
-  def run(key, x):
-    with appendix_b.usual_promotion():
-      model = CEMA(4, config, rngs=nnx.Rngs(key))
-      truth = jax.vmap(jax.jacrev(lambda x: model(x[None])[0][0]))(x)
-      split = theory.polarized_recency(model.recurrence, x)
-      frame = theory.rotating_frame(model.recurrence(x))
-      return split, theory.kappa_smoothing(frame), truth
-
-  split, smoothing, truth = run(jax.random.key(0), x)
-  size = np.abs(np.moveaxis(truth, 3, 2))
-  far = np.tri(8, k=-1, dtype=bool)
-  slack = 1e-5 * size.max()
-  assert (np.asarray(split.lower)[:, far] <= size[:, far] + slack).all()
-  assert (np.asarray(split.upper)[:, far] >= size[:, far] - slack).all()
-  assert split.ones.any() == (polarization is not None)
-  assert (np.asarray(split.floor) > 0).all() == (polarization is not None)
-  spread, slack = np.asarray(smoothing.state_spread), 1 + 1e-5
-  assert (spread <= slack * np.asarray(smoothing.hull_bound)).all()
-  applies = np.asarray(smoothing.applies)
-  assert (spread <= slack * np.asarray(smoothing.bound))[applies].all()
 
 
 def test_cema_config_goes_through_json():

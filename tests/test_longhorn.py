@@ -4,7 +4,6 @@ import functools
 import json
 import pathlib
 
-import appendix_b
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from checks import assert_close, quick
 from flax import nnx
 
-from ssmjax import theory
 from ssmjax.models import (
   Longhorn,
   LonghornConfig,
@@ -115,32 +113,6 @@ def test_gradient_keeps_no_states_of_a_whole_sequence():
   compiled = jax.jit(jax.grad(loss)).lower(jax.eval_shape(build), x).compile()
   states = 2 * 4096 * 64 * 128 * 4
   assert compiled.memory_analysis().temp_size_in_bytes < states / 2
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("polarization", [BOTH, None])
-def test_theorems_hold_for_longhorn(strict, x64, polarization):
-  config = LonghornConfig(
-    d_state=2, d_conv=3, expand=1, polarization=polarization
-  )
-  x = jax.random.normal(jax.random.key(1), (1, 7, 3), jnp.float32)
-
-  @quick
-  def run(key, x):
-    with appendix_b.usual_promotion():
-      model = Longhorn(3, config, rngs=nnx.Rngs(key))
-      truth = jax.vmap(jax.jacrev(lambda x: model(x[None])[0][0]))(x)
-      split = theory.polarized_recency(model.recurrence, x, window=3)
-      return split, theory.kappa_smoothing(model.recurrence(x)), truth
-
-  split, smoothing, truth = run(jax.random.key(0), x)
-  size = np.abs(np.moveaxis(truth, 3, 2))
-  far, slack = np.tri(7, k=-3, dtype=bool), 1e-5 * size.max()
-  assert (np.asarray(split.lower)[:, far] <= size[:, far] + slack).all()
-  assert (np.asarray(split.upper)[:, far] >= size[:, far] - slack).all()
-  assert split.ones.any() == (polarization is not None)
-  spread, slack = np.asarray(smoothing.state_spread), 1 + 1e-5
-  assert (spread <= slack * np.asarray(smoothing.hull_bound)).all()
 
 
 def test_longhorn_goes_through_json_with_every_field():

@@ -5,7 +5,6 @@ import json
 import math
 import pathlib
 
-import appendix_b
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 from checks import assert_close, quick
 from flax import nnx
 
-from ssmjax import theory
 from ssmjax.models import (
   LanguageModel,
   Mamba2,
@@ -156,49 +154,6 @@ def test_added_heads_have_channels_of_their_own():
   assert model.dt_bias.shape == model.D.shape == (6,)
 
 
-def test_one_head_sums_and_zero_head_forgets_exactly():
-  config = Mamba2Config(d_state=2, head_dim=2, n_groups=3, polarization=BOTH)
-
-  @quick
-  def show(key):
-    x = jax.random.normal(key, (1, 5, 4))
-    return Mamba2(4, config, rngs=nnx.Rngs(key)).recurrence(x)
-
-  eq1 = show(jax.random.key(0))
-  assert eq1.a.shape == (1, 5, 6, 2, 2)
-  assert (eq1.a[:, :, 0] == 1).all()
-  assert (eq1.a[:, :, -1] == 0).all()
-  assert ((eq1.a[:, :, 1:-1] > 0) & (eq1.a[:, :, 1:-1] < 1)).all()
-  # Each writes with a step of its own.
-  assert (eq1.dt > 0).all()
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("polarization", [BOTH, None])
-def test_theorems_hold_for_mamba2(strict, x64, polarization):
-  # Gate and norm act on a token alone: the recurrence's theorems are about
-  # states, and the influence of what is far needs a linear readout.
-  config = Mamba2Config(
-    d_state=2, d_conv=3, head_dim=1, expand=1, norm="none", dt_min=0.2,
-    dt_max=1.0, polarization=polarization,
-  )  # fmt: skip
-  x = jax.random.normal(jax.random.key(1), (1, 6, 2), jnp.float32)
-
-  @quick
-  def run(key, x):
-    with appendix_b.usual_promotion():
-      model = Mamba2(2, config, rngs=nnx.Rngs(key))
-      truth = jax.vmap(jax.jacrev(lambda x: model(x[None])[0][0]))(x)
-      split = theory.polarized_recency(model.recurrence, x, window=3)
-      return split, theory.kappa_smoothing(model.recurrence(x)), truth
-
-  split, smoothing, truth = run(jax.random.key(0), x)
-  check_influence(split, np.abs(np.moveaxis(truth, 3, 2)), window=3)
-  check_smoothing(smoothing)
-  assert split.ones.any() == (polarization is not None)
-  assert (np.asarray(split.floor) > 0).all() == (polarization is not None)
-
-
 def test_mamba2_goes_through_json_with_every_field():
   mixer = Mamba2Config(
     d_ssm=64, n_groups=2, dt_least=0.01, dt_greatest=2.0, norm="before_gate",
@@ -252,23 +207,6 @@ def test_mamba2_refuses_what_does_not_fit_it():
 def test_mamba_config_refuses_a_negative_epsilon():
   with pytest.raises(ValueError, match=r"norm_epsilon is -1.0, expected None"):
     MambaConfig(norm_epsilon=-1.0)
-
-
-def check_influence(split, size, window):
-  """|∂y/∂x| lies between both bounds, `[B, T, T, M, M]`."""
-  length = size.shape[1]
-  far = np.tri(length, k=-window, dtype=bool)
-  slack = 1e-5 * size.max()
-  assert (np.asarray(split.lower)[:, far] <= size[:, far] + slack).all()
-  assert (np.asarray(split.upper)[:, far] >= size[:, far] - slack).all()
-
-
-def check_smoothing(result):
-  """States spread by no more than the bounds that hold."""
-  spread, slack = np.asarray(result.state_spread), 1 + 1e-5
-  assert (spread <= slack * np.asarray(result.hull_bound)).all()
-  applies = np.asarray(result.applies)
-  assert (spread <= slack * np.asarray(result.bound))[applies].all()
 
 
 def shaken(model, key):

@@ -2,7 +2,6 @@
 
 import pathlib
 
-import appendix_b
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from checks import assert_close, quick
 from flax import nnx
 
-from ssmjax import theory
 from ssmjax.models import MinGRUConfig, MinLSTMConfig
 from ssmjax.types import Polarization
 
@@ -126,47 +124,6 @@ def test_forget_bias_lengthens_the_memory_at_initialisation(cell):
   assert (long > short).all()
   # The minLSTM's f' = f/(f + i) stays below 2/3 where i is about ½.
   assert long.min() > {"gru": 0.85, "lstm": 0.6}[cell]
-
-
-@pytest.mark.parametrize(
-  ("cell", "polarization"),
-  [
-    ("lstm", BOTH),
-    ("gru", None),
-    pytest.param("gru", BOTH, marks=pytest.mark.nightly),
-    pytest.param("lstm", None, marks=pytest.mark.nightly),
-  ],
-)
-def test_theorems_hold_for_the_layer(strict, x64, cell, polarization):
-  config = CONFIGS[cell](
-    d_conv=2, polarization=polarization, implementation="chunked"
-  )
-  x = jax.random.normal(jax.random.key(1), (2, 8, 3), jnp.float32)
-
-  @quick
-  def run(key, x):
-    with appendix_b.usual_promotion():
-      model = config.build(3, 1, nnx.Rngs(key))
-      truth = jax.vmap(jax.jacrev(lambda x: model(x[None])[0][0]))(x)
-      eq1 = model.recurrence(x)
-      split = theory.polarized_recency(model.recurrence, x, window=2)
-      return eq1, split, theory.kappa_smoothing(eq1), truth
-
-  eq1, split, smoothing, truth = run(jax.random.key(0), x)
-  size = np.abs(np.moveaxis(truth, 3, 2))
-  far, slack = np.tri(8, k=-2, dtype=bool), 1e-5 * size.max()
-  assert (np.asarray(split.lower)[:, far] <= size[:, far] + slack).all()
-  assert (np.asarray(split.upper)[:, far] >= size[:, far] - slack).all()
-  assert (np.asarray(split.floor) > 0).all() == (polarization is not None)
-  spread = np.asarray(smoothing.state_spread)
-  assert (spread <= (1 + 1e-5) * np.asarray(smoothing.hull_bound)).all()
-  if polarization is None:
-    # A convex mean: A + Δ = 1, so that κ = 1.
-    assert_close(eq1.a + eq1.dt, jnp.ones_like(eq1.a), jnp.float32)
-    np.testing.assert_allclose(smoothing.kappa, 1, atol=1e-4)
-  else:
-    assert (eq1.a[..., 0] == 1).all()
-    assert (eq1.a[..., -1] == 0).all()
 
 
 @pytest.mark.nightly

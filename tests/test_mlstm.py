@@ -3,7 +3,6 @@
 import functools
 import pathlib
 
-import appendix_b
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from checks import assert_close, quick
 from flax import nnx
 
-from ssmjax import theory
 from ssmjax.models import MLSTM, MLSTMConfig
 from ssmjax.types import Polarization
 
@@ -86,47 +84,6 @@ def test_mlstm_with_gates_that_overflow_equals_its_equations_in_float64(
   assert_close(y, equations(model, *parts, ids), jnp.float32)
   for path, grad in jax.tree.leaves_with_path(grads):
     assert jnp.isfinite(grad).all(), path
-
-
-def test_one_head_sums_and_zero_head_forgets_exactly():
-  @quick
-  def show(key):
-    model = MLSTM(4, MLSTMConfig(2, polarization=BOTH), rngs=nnx.Rngs(key))
-    return model.recurrence(jax.random.normal(key, (1, 5, 4)))
-
-  eq1 = show(jax.random.key(0))
-  a = np.asarray(eq1.a[..., 0, 0])
-  assert a.shape == (1, 5, 4)
-  assert (a[..., 0] == 1).all()
-  assert (a[..., -1] == 0).all()
-  assert ((a[..., 1:-1] > 0) & (a[..., 1:-1] < 1)).all()
-  # The normaliser's column is k.
-  assert eq1.b.shape == (1, 5, 4, 1, 3)
-
-
-@pytest.mark.nightly
-def test_theorems_hold_for_the_layers_heads(strict, x64):
-  config = MLSTMConfig(1, 2, 2, polarization=BOTH, input_bias=-1.0)
-  x = jax.random.normal(jax.random.key(1), (2, 6, 3), jnp.float32)
-
-  @quick
-  def run(key, x):
-    with appendix_b.usual_promotion():
-      model = MLSTM(3, config, rngs=nnx.Rngs(key))
-      model.gate_bias = nnx.Param(model.gate_bias[...].at[3:].set(0.0))
-      truth = jax.vmap(jax.jacrev(lambda x: model(x[None])[0][0]))(x)
-      split = theory.polarized_recency(model.recurrence, x)
-      return split, truth
-
-  split, truth = run(jax.random.key(0), x)
-  size = np.abs(np.moveaxis(truth, 3, 2))
-  far = np.tri(6, k=-1, dtype=bool)
-  slack = 1e-5 * size.max()
-  assert (np.asarray(split.lower)[:, far] <= size[:, far] + slack).all()
-  assert (np.asarray(split.upper)[:, far] >= size[:, far] - slack).all()
-  assert split.ones[:, 0].all()
-  assert not split.ones[:, 1:].any()
-  assert (np.asarray(split.floor) > 0).all()
 
 
 @pytest.mark.nightly

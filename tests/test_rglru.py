@@ -4,7 +4,6 @@ import functools
 import json
 import pathlib
 
-import appendix_b
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from checks import assert_close, quick
 from flax import nnx
 
-from ssmjax import theory
 from ssmjax.models import (
   RGLRU,
   AttentionConfig,
@@ -119,34 +117,6 @@ def test_input_scale_keeps_its_slope_where_the_decay_is_nearly_one():
     assert jax.grad(scale)(dead) == 0
 
 
-@pytest.mark.parametrize(
-  "polarization", [BOTH, pytest.param(None, marks=pytest.mark.nightly)]
-)
-def test_theorems_hold_for_the_layer(strict, x64, polarization):
-  config = RGLRUConfig(
-    d_conv=3,
-    decay_min=0.3,
-    decay_max=0.7,
-    polarization=polarization,
-    implementation="chunked",
-  )
-  x = jax.random.normal(jax.random.key(1), (2, 8, 4), jnp.float32)
-
-  @quick
-  def run(key, x):
-    with appendix_b.usual_promotion():
-      model = RGLRU(4, config, rngs=nnx.Rngs(key))
-      truth = jax.vmap(jax.jacrev(lambda x: model(x[None])[0][0]))(x)
-      split = theory.polarized_recency(model.recurrence, x, window=3)
-      return split, theory.kappa_smoothing(model.recurrence(x)), truth
-
-  split, smoothing, truth = run(jax.random.key(0), x)
-  check_influence(split, np.abs(np.moveaxis(truth, 3, 2)), window=3)
-  assert split.ones.any() == (polarization is not None)
-  assert (np.asarray(split.floor) > 0).all() == (polarization is not None)
-  check_smoothing(smoothing)
-
-
 def test_hybrid_of_gated_layers_and_windows_goes_through_json():
   config = ModelConfig(
     vocab_size=257,
@@ -192,23 +162,6 @@ def test_rglru_refuses_what_does_not_fit_it():
   message = r"RGLRU: x has shape \(1, 3, 7\), expected \(B, T, M=12\)."
   with pytest.raises(ValueError, match=message):
     from_golden()(jnp.zeros((1, 3, 7)))
-
-
-def check_influence(split, size, window):
-  """|∂y/∂x| lies between both bounds, `[B, T, T, M, M]`."""
-  length = size.shape[1]
-  far = np.tri(length, k=-window, dtype=bool)
-  slack = 1e-5 * size.max()
-  assert (np.asarray(split.lower)[:, far] <= size[:, far] + slack).all()
-  assert (np.asarray(split.upper)[:, far] >= size[:, far] - slack).all()
-
-
-def check_smoothing(result):
-  """States spread by no more than the bounds that hold."""
-  spread, slack = np.asarray(result.state_spread), 1 + 1e-5
-  assert (spread <= slack * np.asarray(result.hull_bound)).all()
-  applies = np.asarray(result.applies)
-  assert (spread <= slack * np.asarray(result.bound))[applies].all()
 
 
 def shaken(model, key):

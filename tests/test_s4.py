@@ -3,7 +3,6 @@
 import functools
 import pathlib
 
-import appendix_b
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from checks import assert_close, quick, rms_error
 from flax import nnx
 
-from ssmjax import ops, theory
+from ssmjax import ops
 from ssmjax.models import DSSConfig, S4Config, S4DConfig
 from ssmjax.models.gelu import gelu
 from ssmjax.types import Polarization
@@ -143,33 +142,6 @@ def test_polarized_channels_see_their_input_whole(config):
   # Δ B x, where B is 1 at first.
   assert_close(np.abs(eq1.b[..., 0]), np.abs(x), jnp.float32)
   assert_close(np.abs(eq1.b[..., -1]), np.abs(x), jnp.float32)
-
-
-@pytest.mark.parametrize(
-  ("spectrum", "polarization"),
-  [("lin", BOTH), night("lin", None), night("real", BOTH)],
-)
-def test_theorems_hold_for_the_layer(strict, x64, spectrum, polarization):
-  config = S4DConfig(
-    2, spectrum, dt_min=0.3, dt_max=0.9, polarization=polarization
-  )
-  x = jax.random.normal(jax.random.key(1), (1, 8, 4), jnp.float32)
-
-  @quick
-  def run(key, x):
-    with appendix_b.usual_promotion():
-      model = config.build(4, 1, nnx.Rngs(key))
-      truth = jax.vmap(jax.jacrev(lambda x: model(x[None])[0][0]))(x)
-      split = theory.polarized_recency(model.recurrence, x, window=3)
-      return split, truth
-
-  split, truth = run(jax.random.key(0), x)
-  size = np.abs(np.moveaxis(truth, 3, 2))
-  far = np.tri(size.shape[1], k=-3, dtype=bool)
-  slack = 1e-5 * size.max()
-  assert (np.asarray(split.lower)[:, far] <= size[:, far] + slack).all()
-  assert (np.asarray(split.upper)[:, far] >= size[:, far] - slack).all()
-  assert split.ones.any() == (polarization is not None)
 
 
 def test_gelu_is_that_of_the_error_function():

@@ -9,13 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import assert_close, quick
-from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ssmjax import theory
-from ssmjax.models import Mamba, MambaConfig
-from ssmjax.types import Polarization
 
 pytestmark = pytest.mark.usefixtures("strict", "x64")
 
@@ -23,7 +20,6 @@ REAL = sorted(
   appendix_b.FORMS.keys() - appendix_b.COMPLEX - appendix_b.NOT_LOCAL
 )
 COMPLEX = sorted(appendix_b.COMPLEX)
-BOTH = Polarization(ones=1, zeros=1)
 LENGTH = 6
 
 
@@ -91,45 +87,6 @@ def test_slope_of_many_channels_tends_to_that_of_the_slowest():
   slopes = np.diff(np.log(score[:-1][::-1]))
   assert (slopes <= np.log(0.9) + 1e-12).all()
   assert slopes[-1] == pytest.approx(np.log(0.9), abs=1e-6)
-
-
-@pytest.mark.parametrize(
-  ("d_conv", "polarization"),
-  [
-    (4, BOTH),
-    pytest.param(1, BOTH, marks=pytest.mark.nightly),
-    pytest.param(3, None, marks=pytest.mark.nightly),
-  ],
-)
-def test_influence_of_a_mamba_mixer_is_exact_and_bounded(d_conv, polarization):
-  config = MambaConfig(
-    d_state=3,
-    d_conv=d_conv,
-    polarization=polarization,
-    implementation="chunked",
-  )
-  x = jax.random.normal(jax.random.key(1), (2, 7, 4), jnp.float32)
-
-  @quick
-  def run(key, x):
-    with appendix_b.usual_promotion():
-      model = Mamba(4, config, rngs=nnx.Rngs(key))
-      truth = jax.vmap(jax.jacrev(lambda x: model(x[None])[0][0]))(x)
-      function = theory.polarized_recency if polarization else theory.recency
-      return function(model.recurrence, x, window=d_conv), truth
-
-  result, truth = run(jax.random.key(0), x)
-  truth = reached(jnp.transpose(truth, (0, 1, 3, 2, 4)), d_conv)
-  assert_close(result.jacobian, truth, jnp.float32)
-  if not polarization:
-    check_bounds(result, rounding=1e-5)
-    return
-  # The theorem is vacuous, and the layer does not forget.
-  check_split(result, truth, rounding=1e-5)
-  ones = np.broadcast_to([True, False, False, False, False], (2, 8, 5))
-  assert result.ones.tolist() == ones.tolist()
-  assert (np.asarray(result.rho) < 1).all()
-  assert (np.asarray(result.floor) > 0).all()
 
 
 def test_a_convolution_wider_than_the_window_is_found():
