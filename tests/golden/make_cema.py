@@ -22,7 +22,10 @@ import types
 
 import numpy as np
 import torch
+from provenance import checkout, versions
 from torch.utils import cpp_extension
+
+COMMIT = "cff8ba5f607a2176bbd0166afc09842984433f93"
 
 # Never called on a CPU, but the linker asks for them.
 REST = r"""
@@ -71,7 +74,9 @@ def main(root):
     "last": last.detach().numpy(),
     "weights": weights.numpy(),
     "gradient": torch.cat([first.grad, second.grad], 1).numpy(),
-    "versions": np.array(f"torch {torch.__version__}, megalodon cff8ba5"),
+    "versions": versions(
+      checkout("megalodon", pathlib.Path(root, "megalodon"), COMMIT)
+    ),
   }
   for name, parameter in ema.named_parameters():
     arrays[f"weight:{name}"] = parameter.detach().numpy()

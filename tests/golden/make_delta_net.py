@@ -15,7 +15,6 @@ fla's loop over the tokens, its norms by their formulas, its convolution by
 PyTorch's with the layer's weights.
 """
 
-import importlib.metadata
 import inspect
 import pathlib
 
@@ -23,6 +22,7 @@ import fla.layers.delta_net
 import numpy as np
 import torch
 from fla.ops.delta_rule import naive
+from provenance import packages, versions
 from torch.nn import functional
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next import modeling_qwen3_next
@@ -41,14 +41,12 @@ def main():
       use_gate=True, allow_neg_eigval=True, use_short_conv=False,
     ),
   }  # fmt: skip
-  versions = [
-    f"{name} {importlib.metadata.version(name)}"
-    for name in ("torch", "transformers", "flash-linear-attention")
-  ]
   arrays = {
     "inputs": inputs.numpy(),
     "weights": weights.numpy(),
-    "versions": np.array(", ".join(versions)),
+    "versions": versions(
+      packages("flash-linear-attention", "fla-core", "transformers")
+    ),
   }
   for name, layer in layers.items():
     for key, parameter in layer.named_parameters():

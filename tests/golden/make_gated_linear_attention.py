@@ -19,15 +19,14 @@ import torch
 from fla.layers import gla, hgrn2
 from fla.ops.gla.naive import naive_recurrent_gla
 from make_linear_attention import D_MODEL, HEADS, record
+from provenance import packages, versions
 
 
 def main():
   """Run both layers and write the file."""
   torch.manual_seed(0)
   arrays = {
-    "versions": np.array(
-      f"torch {torch.__version__}, flash-linear-attention 0.6.0"
-    )
+    "versions": versions(packages("flash-linear-attention", "fla-core"))
   }
   gla.fused_recurrent_gla = hgrn2.fused_recurrent_gla = _recurrent
   gla.RMSNorm = hgrn2.RMSNorm = _norm

@@ -5,29 +5,31 @@
     opt_einsum==3.4.0
   goldenv/bin/python tests/golden/make_h3.py CHECKOUT
 
-CHECKOUT is one of github.com/HazyResearch/H3 at 5c4d06b57954, which is no
+CHECKOUT is a clone of github.com/HazyResearch/H3 at 5c4d06b57954, which is no
 package. For heads of one and of two channels the file holds the weights under
 their published names, inputs and outputs, and the gradient of a scalar loss by
 each weight and by the inputs.
 """
 
-import hashlib
 import pathlib
 import sys
 import types
 
 import numpy as np
 import torch
+from provenance import checkout, packages, versions
 
-SHA256 = "b5695be66786f865612835a589e27f87f7dbc048ae71db4233cb57bb6122ef68"
+COMMIT = "5c4d06b57954"
 
 
 def main():
   """Draw the weights, run forward and backward, write the file."""
-  source = pathlib.Path(sys.argv[1], "src/models/ssm/h3.py")
-  found = hashlib.sha256(source.read_bytes()).hexdigest()
-  if found != SHA256:
-    raise SystemExit(f"{source}: sha256 {found}, expected {SHA256}")
+  arrays = {
+    "versions": versions(
+      checkout("H3", pathlib.Path(sys.argv[1], "src/models"), COMMIT),
+      packages("einops", "scipy"),
+    )
+  }
   # A trainer, of which a decorator of the log is taken.
   stub = types.ModuleType("pytorch_lightning.utilities")
   stub.rank_zero_only = lambda function: function
@@ -36,7 +38,6 @@ def main():
   sys.path.insert(0, sys.argv[1])
   from src.models.ssm.h3 import H3
 
-  arrays = {"versions": np.array(f"torch {torch.__version__}")}
   for head_dim in (1, 2):
     torch.manual_seed(head_dim)
     layer = H3(4, d_state=6, head_dim=head_dim, dt_min=0.03, dt_max=0.3)

@@ -14,8 +14,12 @@ the inputs.
 import pathlib
 
 import numpy as np
+import standalone_hyena
 import torch
+from provenance import checkout, packages, versions
 from standalone_hyena import HyenaOperator
+
+COMMIT = "02220c69d247e5473616cd053a443ad99fd2559b"
 
 
 def main():
@@ -39,7 +43,9 @@ def main():
     "outputs": outputs.detach().numpy(),
     "weights": weights.numpy(),
     "gradient": inputs.grad.numpy(),
-    "versions": np.array(f"torch {torch.__version__}, safari 02220c6"),
+    "versions": versions(
+      checkout("safari", standalone_hyena.__file__, COMMIT), packages("einops")
+    ),
   }
   for name, parameter in operator.named_parameters():
     arrays[f"weight:{name}"] = parameter.detach().numpy()

@@ -20,24 +20,31 @@ PyTorch's or the package's own naive forms in their place, and modules that
 torchscale imports for other layers are empty here.
 """
 
+import importlib.util
 import pathlib
 import sys
 import types
 
 import numpy as np
 import torch
+from provenance import checkout, packages, versions
 
 D_MODEL, HEADS = 8, 2
+CLONES = {
+  "fast-transformers": "2ad36b97e64cb93862937bd21fcc9568d989561f",
+  "torchscale": "4d1e0e82e5adf86dd424f1463192635b73fc8efc",
+}
 
 
 def main():
   """Run the layers and write the file."""
   torch.manual_seed(0)
   arrays = {
-    "versions": np.array(
-      f"torch {torch.__version__}, flash-linear-attention 0.6.0,"
-      " fast-transformers 2ad36b97e64cb93862937bd21fcc9568d989561f,"
-      " torchscale 4d1e0e82e5adf86dd424f1463192635b73fc8efc"
+    "versions": versions(
+      packages("flash-linear-attention", "fla-core"),
+      *(
+        checkout(name, folder(name), commit) for name, commit in CLONES.items()
+      ),
     )
   }
   for name, make in (("elu", elu), ("random", random), ("exp_mlp", exp_mlp),
@@ -49,6 +56,12 @@ def main():
   print(path.name, path.stat().st_size, arrays["versions"])
   for name, array in arrays.items():
     print(name, array.shape)
+
+
+def folder(name):
+  """Where a clone's package lies that is found by its name."""
+  spec = importlib.util.find_spec(name.replace("-", "_"))
+  return spec.submodule_search_locations[0]
 
 
 def record(layer, run):

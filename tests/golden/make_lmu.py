@@ -11,23 +11,22 @@ discrete system under their published names, inputs and outputs, and the
 gradient of a scalar loss by each weight and by the inputs.
 """
 
-import hashlib
 import importlib.util
 import pathlib
 import sys
 
 import numpy as np
 import torch
+from provenance import packages, single_file, versions
 
+COMMIT = "95a0b937c16b"
 SHA256 = "ac2d25c60a9c216b6c77f65f5a13df54c0910d82c4bd8f39d71af930136fd96b"
 
 
 def main():
   """Draw the weights, run forward and backward, write the file."""
   source = pathlib.Path(sys.argv[1])
-  found = hashlib.sha256(source.read_bytes()).hexdigest()
-  if found != SHA256:
-    raise SystemExit(f"{source}: sha256 {found}, expected {SHA256}")
+  origin = single_file("pytorch-lmu", source, COMMIT, SHA256)
   spec = importlib.util.spec_from_file_location("published_lmu", source)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -38,7 +37,7 @@ def main():
   loss = outputs * torch.sin(torch.arange(outputs.numel())).view_as(outputs)
   loss.sum().backward()
   arrays = {
-    "versions": np.array(f"torch {torch.__version__}"),
+    "versions": versions(origin, packages("scipy")),
     "inputs": inputs.detach().numpy(),
     "outputs": outputs.detach().numpy(),
     "gradient": inputs.grad.numpy(),

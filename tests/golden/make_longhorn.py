@@ -17,9 +17,11 @@ import pathlib
 import sys
 import types
 
-import einops
 import numpy as np
 import torch
+from provenance import checkout, packages, versions
+
+COMMIT = "4ea174598787ee189f889d17f9a02c2bbdc381a4"
 
 
 def main(folder):
@@ -51,9 +53,8 @@ def main(folder):
     "outputs": outputs.detach().numpy(),
     "state": state.detach().numpy(),
     "gradient": inputs.grad.numpy(),
-    "versions": np.array(
-      f"longhorn 4ea1745, torch {torch.__version__}, einops"
-      f" {einops.__version__}"
+    "versions": versions(
+      checkout("longhorn", folder, COMMIT), packages("einops")
     ),
   }
   for name, parameter in layer.named_parameters():

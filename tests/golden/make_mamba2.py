@@ -16,7 +16,7 @@ import pathlib
 
 import numpy as np
 import torch
-import transformers
+from provenance import packages, versions
 from transformers import (
   FalconMambaConfig,
   FalconMambaForCausalLM,
@@ -63,9 +63,7 @@ def main():
     ("falcon_mamba", FalconMambaForCausalLM(FALCON)),
   ):
     arrays = run(model.float().eval())
-    arrays["versions"] = np.array(
-      f"torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    arrays["versions"] = versions(packages("transformers"))
     path = pathlib.Path(__file__).with_name(f"{name}.npz")
     np.savez_compressed(path, **arrays)
     print(path.name, path.stat().st_size, arrays["versions"])

@@ -12,24 +12,21 @@ the weights and by the inputs.
 """
 
 import pathlib
-from importlib import metadata
 
 import numpy as np
 import torch
 from minGRU_pytorch.minGRU import minGRU
 from minGRU_pytorch.minLSTM import minLSTM
+from provenance import packages, versions
 
 
 def main():
   """Draw the weights, run forward and backward, write the file."""
   torch.manual_seed(0)
   inputs = torch.randn(2, 19, 6)
-  package = metadata.version("minGRU-pytorch")
   arrays = {
     "inputs": inputs.numpy(),
-    "versions": np.array(
-      f"torch {torch.__version__}, minGRU-pytorch {package}"
-    ),
+    "versions": versions(packages("minGRU-pytorch")),
   }
   for name, make in (("gru", minGRU), ("lstm", minLSTM)):
     cell, x = make(6, expansion_factor=2.0), inputs.clone().requires_grad_()

@@ -14,7 +14,7 @@ import pathlib
 
 import numpy as np
 import torch
-import transformers
+from provenance import packages, versions
 from transformers.models.xlstm import configuration_xlstm, modeling_xlstm
 
 
@@ -57,9 +57,7 @@ def main():
     "outputs": outputs.detach().numpy(),
     "weights": weights.numpy(),
     "gradient": inputs.grad.numpy(),
-    "versions": np.array(
-      f"torch {torch.__version__}, transformers {transformers.__version__}"
-    ),
+    "versions": versions(packages("transformers")),
   }
   for name, parameter in layer.named_parameters():
     arrays[f"weight:{name}"] = parameter.detach().numpy()

@@ -22,8 +22,13 @@ import types
 
 import numpy as np
 import torch
+from provenance import checkout, versions
 
 HEADS, SIZE = 2, 4
+LAYERS = "RWKV-v5/src/model.py"
+NAIVE = "fla/ops/rwkv6/recurrent_naive.py"
+RWKV = "524481d5099b38d9bc8ef1e89209161b86c8011b"
+FLA = "bc3b101dcb713ddc5bd8924b66754eb68b5ccf89"
 
 
 def main():
@@ -34,7 +39,7 @@ def main():
   paths = parser.parse_args()
   torch.manual_seed(0)
   naive = execute(
-    paths.fla / "fla/ops/rwkv6/recurrent_naive.py",
+    paths.fla / NAIVE,
     {"naive_recurrent_rwkv6"}, {"torch": torch},
   )["naive_recurrent_rwkv6"]  # fmt: skip
 
@@ -48,7 +53,7 @@ def main():
     return recurrence(r, k, v, w.reshape(1, 1, C).expand(B, T, C), u)
 
   layers = execute(
-    paths.rwkv / "RWKV-v5/src/model.py",
+    paths.rwkv / LAYERS,
     {"RWKV_Tmix_x052", "RWKV_Tmix_x060"},
     {
       "torch": torch, "nn": torch.nn, "F": torch.nn.functional,
@@ -66,7 +71,10 @@ def main():
   arrays = {
     "inputs": inputs.numpy(),
     "weights": weights.numpy(),
-    "versions": np.array(f"torch {torch.__version__}"),
+    "versions": versions(
+      checkout("RWKV-LM", paths.rwkv / LAYERS, RWKV),
+      checkout("flash-linear-attention", paths.fla / NAIVE, FLA),
+    ),
   }
   for version in ("x052", "x060"):
     layer = layers[f"RWKV_Tmix_{version}"](sizes, 1)

@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 import torch
-import transformers
+from provenance import packages, versions
 from transformers import RwkvConfig
 from transformers.models.rwkv import modeling_rwkv
 
@@ -35,9 +35,7 @@ def main():
   inputs = torch.randn(2, 23, config.hidden_size)
   arrays = {
     "inputs": inputs.numpy(),
-    "versions": np.array(
-      f"torch {torch.__version__}, transformers {transformers.__version__}"
-    ),
+    "versions": versions(packages("transformers")),
   }
   for part, module in parts.items():
     with torch.no_grad():

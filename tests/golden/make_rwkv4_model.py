@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 import torch
-import transformers
+from provenance import packages, versions
 from transformers import RwkvConfig, RwkvForCausalLM
 
 
@@ -49,9 +49,7 @@ def main():
   arrays = {
     "tokens": tokens.numpy().astype(np.int32),
     "logits": logits.detach().numpy(),
-    "versions": np.array(
-      f"torch {torch.__version__}, transformers {transformers.__version__}"
-    ),
+    "versions": versions(packages("transformers")),
   }
   for name, parameter in model.named_parameters():
     arrays[f"weight:{name}"] = parameter.detach().numpy()

@@ -18,7 +18,6 @@ kept is the C before it; gradients by C, A, P and Δ are those of the altered
 form and are left out.
 """
 
-import hashlib
 import importlib.util
 import pathlib
 import sys
@@ -26,8 +25,10 @@ import types
 
 import numpy as np
 import torch
+from provenance import packages, single_file, versions
 
 LENGTH = 19
+COMMIT = {"s4": "e757cef57d89", "dss": "777084e777c2"}
 SHA256 = {
   "s4": "9f3418b396ec9ccbea30d1f1de92b55e631a3380ebbb19257a73f0219e2a23a6",
   "dss": "691994a503462980d51870604dbad049bcdfa91ccd46d513cf242eba8c2a9e61",
@@ -41,7 +42,12 @@ def main():
   stub.rank_zero_only = lambda function: function
   sys.modules["pytorch_lightning"] = types.ModuleType("pytorch_lightning")
   sys.modules["pytorch_lightning.utilities"] = stub
-  s4, dss = (load(*pair) for pair in zip(SHA256, sys.argv[1:], strict=True))
+  sources = dict(zip(SHA256, sys.argv[1:], strict=True))
+  origins = [
+    single_file(name, path, COMMIT[name], SHA256[name])
+    for name, path in sources.items()
+  ]
+  s4, dss = (load(name, path) for name, path in sources.items())
   s4_block = lambda mode, **options: s4.S4Block(
     4, transposed=False, mode=mode, d_state=6, verbose=False,
     dt_min=0.03, dt_max=0.3, backend="naive", **options,
@@ -59,7 +65,7 @@ def main():
     "dss_exp": lambda: dss_layer("exp"),
     "dss_softmax": lambda: dss_layer("softmax"),
   }
-  arrays = {"versions": np.array(f"torch {torch.__version__}")}
+  arrays = {"versions": versions(*origins, packages("einops", "scipy"))}
   for name, make in layers.items():
     torch.manual_seed(0)
     arrays |= {f"{name}:{key}": v for key, v in run(make(), name).items()}
@@ -100,11 +106,7 @@ def run(layer, name):
 
 
 def load(name, path):
-  """The module of a file, which is the one that was asked for."""
-  source = pathlib.Path(path).read_bytes()
-  found = hashlib.sha256(source).hexdigest()
-  if found != SHA256[name]:
-    raise SystemExit(f"{path}: sha256 {found}, expected {SHA256[name]}")
+  """The module of a file."""
   spec = importlib.util.spec_from_file_location(f"published_{name}", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

@@ -16,8 +16,8 @@ import pathlib
 
 import numpy as np
 import torch
-import transformers
 import ttt
+from provenance import checkout, packages, versions
 
 COMMIT = "cd831db10c8c9a0f6340f02da5613316a8a92b67"
 
@@ -31,9 +31,8 @@ def main():
   arrays = {
     "inputs": inputs.numpy(),
     "weights": weights.numpy(),
-    "versions": np.array(
-      f"torch {torch.__version__}, transformers {transformers.__version__},"
-      f" ttt-lm-pytorch {COMMIT}"
+    "versions": versions(
+      checkout("ttt-lm-pytorch", ttt.__file__, COMMIT), packages("transformers")
     ),
   }
   for name, mamba in (("transformer", False), ("mamba", True)):

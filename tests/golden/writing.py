@@ -6,7 +6,7 @@ import tempfile
 import numpy as np
 import safetensors.numpy
 import torch
-import transformers
+from provenance import packages, versions
 
 __all__ = ["write"]
 
@@ -43,9 +43,7 @@ def write(name, model, layer):
     "tokens": tokens.numpy().astype(np.int32),
     "logits": logits.detach().numpy(),
     "loss": loss.detach().numpy(),
-    "versions": np.array(
-      f"torch {torch.__version__}, transformers {transformers.__version__}"
-    ),
+    "versions": versions(packages("transformers")),
   }
   with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
