@@ -16,6 +16,7 @@ from ssmjax.ops import (
   gated_linear_attention_reference,
   gated_linear_attention_step,
 )
+from ssmjax.ops.gla_chunked import _marks
 from ssmjax.ops.gla_passes import (
   backward_at_once,
   backward_in_turn,
@@ -152,28 +153,25 @@ def test_chunks_at_once_equal_chunks_in_turn(by_key, ids):
   rng = np.random.default_rng(0)
   draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
   n, b, g, r, c, k, v = 3, 2, 2, 1 if by_key else 3, 16, 5, 4
-  chunk = dict(q=draw(n, b, g, c, k), k=draw(n, b, g, c, k))
-  chunk["v"] = draw(n, b, g, r, c, v)
-  chunk["log_a"] = -jnp.exp(draw(n, b, g, r, c, *((k,) if by_key else ())))
+  tokens = dict(q=draw(b, n * c, g, k), k=draw(b, n * c, g, k))
+  tokens["v"] = draw(b, n * c, g, r, v)
+  last = (k,) if by_key else ()
+  tokens["log_a"] = -jnp.exp(draw(b, n * c, g, r, *last))
   bonus = draw(g, k) if by_key else None
   marks = None
   if ids:
-    from ssmjax.ops.gla_chunked import _marks
-
-    marks = _marks(jnp.asarray(rng.random((b, n * 64)) < 0.02), n * 64)
-    pick = lambda x: x[..., :c, :c] if x.shape[-1] == 64 else x[..., :c, :]
-    marks = {m: x if m == "keep" else pick(x) for m, x in marks.items()}
-  state, dy = draw(b, g, r, k, v), draw(n, b, g, r, c, v)
+    marks = _marks(jnp.asarray(rng.random((b, n * c)) < 0.05), c)
+  state, dy = draw(b, g, r, k, v), draw(b, n * c, g, r, v)
   forward = [
-    quick(functools.partial(f, lax.Precision.HIGHEST))(
-      chunk, bonus, marks, state
+    quick(functools.partial(f, lax.Precision.HIGHEST, c))(
+      tokens, bonus, marks, state
     )
     for f in (forward_in_turn, forward_at_once)
   ]
   assert_close(*forward)
   backward = [
-    quick(functools.partial(f, lax.Precision.HIGHEST))(
-      chunk, bonus, marks, forward[0][2], dy, state
+    quick(functools.partial(f, lax.Precision.HIGHEST, c))(
+      tokens, bonus, marks, forward[0][2], dy, state
     )
     for f in (backward_in_turn, backward_at_once)
   ]

@@ -67,14 +67,15 @@ def _forward(
 ):  # fmt: skip
   """(y, final), and what the backward pass wants to know."""
   args = (q, k, v, log_a, bonus, state, valid, restart)
-  chunk, sick = _cut(q, k, v, log_a, valid, restart, state.dtype)
-  batch, groups = q.shape[0], q.shape[2]
-  y, final, before = _by_platform(
-    (forward_in_turn, forward_at_once), precision, chunk, bonus,
-    _marks(restart, v.shape[1]), state.reshape(batch, groups, -1,
-                                               *state.shape[2:]),
+  size = _size(v.shape[1])
+  tokens, sick = _clean(q, k, v, log_a, valid, restart, state.dtype)
+  grouped = (state.shape[0], q.shape[2], -1, *state.shape[2:])
+  y, final, before = lax.platform_dependent(
+    tokens, bonus, _marks(restart, size), state.reshape(grouped),
+    cpu=functools.partial(forward_in_turn, precision, size),
+    default=functools.partial(forward_at_once, precision, size),
   )  # fmt: skip
-  y, final = _join(y, v.shape[1]), final.reshape(state.shape)
+  y, final = y[:, : v.shape[1]].reshape(v.shape), final.reshape(state.shape)
   if restart is not None:
     lost = finite_states(before)[1]
     ill = sick["y"] | _at_tokens(lost, restart, sick["y"], first=True)
@@ -94,16 +95,19 @@ def _backward(precision, residuals, cotangents):
   if restart is not None:
     dy, sick_dy = take_out(dy)
 
-  def cut(q, k, v, log_a):
-    return _cut(q, k, v, log_a, valid, restart, state.dtype)
+  size = _size(v.shape[1])
 
-  chunk, pull, sick = jax.vjp(cut, q, k, v, log_a, has_aux=True)
-  dchunk, dbonus, dstate, lost_after = _by_platform(
-    (backward_in_turn, backward_at_once), precision, chunk, bonus,
-    _marks(restart, v.shape[1]), before, _split(dy, q.shape[2]),
-    dfinal.reshape(before.shape[1:]),
+  def clean(q, k, v, log_a):
+    return _clean(q, k, v, log_a, valid, restart, state.dtype)
+
+  tokens, pull, sick = jax.vjp(clean, q, k, v, log_a, has_aux=True)
+  dtokens, dbonus, dstate, lost_after = lax.platform_dependent(
+    tokens, bonus, _marks(restart, size), before,
+    _grouped(dy, q.shape[2], size), dfinal.reshape(before.shape[1:]),
+    cpu=functools.partial(backward_in_turn, precision, size),
+    default=functools.partial(backward_at_once, precision, size),
   )  # fmt: skip
-  dq, dk, dv, dlog_a = pull(dchunk)
+  dq, dk, dv, dlog_a = pull(dtokens)
   dstate = dstate.reshape(state.shape)
   if restart is not None:
     lost = finite_states(before)[1]
@@ -124,17 +128,13 @@ def _backward(precision, residuals, cotangents):
 _scan.defvjp(_forward, _backward)
 
 
-def _by_platform(passes, precision, *args):
-  """On CPUs chunk after chunk, so that one stays in the cache."""
-  in_turn, at_once = (functools.partial(f, precision) for f in passes)
-  return lax.platform_dependent(*args, cpu=in_turn, default=at_once)
-
-
-def _marks(restart, length):
+def _marks(restart, size):
   """Which pairs of a chunk's tokens are of one document, and which ends."""
   if restart is None:
     return None
-  document = jnp.cumsum(_pieces(restart.astype(jnp.int32), length), -1)
+  restart = _padded(restart.astype(jnp.int32), size)
+  restart = restart.reshape(restart.shape[0], -1, size)
+  document = jnp.cumsum(jnp.moveaxis(restart, 1, 0), -1)
   row = document[:, :, None, None]  # [N, B, 1, 1, c]
   first, last = row == 0, row == row[..., -1:]
   return {
@@ -145,14 +145,14 @@ def _marks(restart, length):
   }
 
 
-def _cut(q, k, v, log_a, valid, restart, dtype):
-  """Chunks of clean tokens, and which tokens were not finite.
+def _clean(q, k, v, log_a, valid, restart, dtype):
+  """Tokens of whole chunks, clean, by group, and which were not finite.
 
   Padding has no key, no value and decay 1.
   """
-  tokens = {"q": q, "k": k, "v": v, "log_a": log_a}
-  chunk, sick = {}, {}
-  for name, x in tokens.items():
+  tokens, sick = {}, {}
+  size = _size(v.shape[1])
+  for name, x in {"q": q, "k": k, "v": v, "log_a": log_a}.items():
     x = x.astype(dtype)
     if valid is not None:
       mask = valid.reshape(*valid.shape, *(1,) * (x.ndim - 2))
@@ -162,38 +162,27 @@ def _cut(q, k, v, log_a, valid, restart, dtype):
       clean, bad = take_out(wide, decay=name == "log_a")
       x = clean.reshape(x.shape)
       sick[name] = jnp.repeat(bad, v.shape[2] // bad.shape[2], 2)
-    chunk[name] = _split(x, q.shape[2])
-  chunk |= {name: chunk[name][:, :, :, 0] for name in "qk"}
+    if name in "qk":
+      tokens[name] = _padded(x, size)
+    else:
+      tokens[name] = _grouped(x, q.shape[2], size)
   if restart is None:
-    return chunk, None
+    return tokens, None
   ill = sick["k"] | sick["v"] | sick["log_a"]
-  return chunk, {"y": ill, "q": sick["q"]}
+  return tokens, {"y": ill, "q": sick["q"]}
 
 
-def _split(x, groups):
-  """`[B, T, H, ...]` in chunks: `[N, B, G, R, c, ...]`."""
-  x = x.reshape(*x.shape[:2], groups, -1, *x.shape[3:])
-  # Time goes where it is contracted over, behind the heads.
-  return _pieces(jnp.moveaxis(x, 1, 3), x.shape[1], 3)
+def _grouped(x, groups, size):
+  """`[B, T, H, ...]` as `[B, T', G, R, ...]`."""
+  return _padded(x.reshape(*x.shape[:2], groups, -1, *x.shape[3:]), size)
 
 
-def _pieces(x, length, axis=1):
-  """The time axis cut in chunks of a power of two; zeros fill the last."""
-  size = _size(length)
-  count = -(-length // size)
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, count * size - length)
-  x = jnp.pad(x, widths) if widths[axis][1] else x
-  x = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
-  return jnp.moveaxis(x, axis, 0)
-
-
-def _join(x, length):
-  """`[N, B, G, R, c, V]` as `[B, T, H, V]`."""
-  x = jnp.transpose(x, (1, 0, 4, 2, 3, 5))
-  count, size = x.shape[1:3]
-  x = x.reshape(x.shape[0], count * size, -1, x.shape[-1])
-  return x[:, :length]
+def _padded(x, size):
+  """Zeros behind `[B, T, ...]`, to a whole number of chunks."""
+  tail = -x.shape[1] % size
+  return (
+    jnp.pad(x, [(0, 0), (0, tail)] + [(0, 0)] * (x.ndim - 2)) if tail else x
+  )
 
 
 def _spoil(gradient, ill):

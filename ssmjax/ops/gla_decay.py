@@ -1,13 +1,12 @@
-"""Sums of log-decays over pieces of a chunk, without a subtraction.
+"""Products of decays over pieces of a chunk, without a division.
 
-What a token j has left at a token i is exp of the sum of the log-decays of
-the tokens between them. As a difference of two running sums it would lose its
-digits next to a strong decay (and be no number next to a decay of zero), and
-exp of a running sum alone overflows or underflows. So a chunk is halved again
-and again: between the halves of a block, the way from j to i is the way from
-j to the end of the first half and from there to i. Both are sums of terms of
-one sign, both exponentials are at most 1, and the two factors go into a
-matrix product where decays differ by key channel.
+What a token j has left at a token i is the product of the decays of the tokens
+between them. As a quotient of two running products it would be no number next
+to a decay of zero, and exp of a difference of running sums of logarithms loses
+its digits next to a strong one. So a chunk is halved again and again: between
+the halves of a block, the way from j to i is the way from j to the end of the
+first half and from there to i. Both are products of numbers of at most 1, and
+the two factors go into a matrix product where decays differ by key channel.
 """
 
 import jax.numpy as jnp
@@ -19,50 +18,50 @@ __all__ = ["halvings", "headwise_decay", "keywise_scores"]
 _BASE = 16
 
 
-def halvings(log_a, *, before):
+def halvings(decay, *, before):
   """(levels, into, out, total) of `[..., c, K]`, c a power of two.
 
-  Into token t are the log-decays up to and with t, or without it if `before`;
-  out of it those after t; in a level, those of its half of a block only. The
-  level of halves of h tokens is the h-th power of two.
+  Into token t are the decays up to and with t, or without it if `before`; out
+  of it those after t; in a level, those of its half of a block only. The level
+  of halves of h tokens is the h-th power of two.
   """
-  shape = log_a.shape
+  shape = decay.shape
   bits = shape[-2].bit_length() - 1
   # An axis for each bit of the time in the chunk: all is broadcast, not moved.
-  total = log_a.reshape(*shape[:-2], *(2,) * bits, shape[-1])
-  into, out = total, jnp.zeros_like(total)
+  total = decay.reshape(*shape[:-2], *(2,) * bits, shape[-1])
+  into, out = total, jnp.ones_like(total)
   if before:
     into = out
   levels = []
   for axis in range(total.ndim - 2, total.ndim - 2 - bits, -1):
     levels.append((into.reshape(shape), out.reshape(shape)))
     first, second = jnp.split(total, 2, axis)
-    zero = jnp.zeros_like(first)
-    into = into + jnp.concatenate([zero, first], axis)
-    out = out + jnp.concatenate([second, zero], axis)
-    total = first + second
+    one = jnp.ones_like(first)
+    into = into * jnp.concatenate([one, first], axis)
+    out = out * jnp.concatenate([second, one], axis)
+    total = first * second
   total = total.reshape(*shape[:-2], shape[-1])
   return levels, into.reshape(shape), out.reshape(shape), total
 
 
-def headwise_decay(log_a, levels):
-  """exp of the sum between any j and i, `[..., c, c]`; 0 for j > i, 1 on i.
+def headwise_decay(decay, levels):
+  """The decay between any j and i, `[..., c, c]`; 0 for j > i, 1 on i.
 
-  `levels` are those of the log-decays `[..., c]` with an axis of 1 behind.
+  `levels` are those of the decays `[..., c, 1]`.
   """
-  between = jnp.zeros((*log_a.shape, 1, 1), log_a.dtype)
+  between = jnp.ones((*decay.shape, 1), decay.dtype)
   for into, out in levels:
     half = between.shape[-1]
     blocks = lambda x, half=half: x.reshape(*x.shape[:-2], -1, half, 1)
-    low = blocks(into)[..., 1::2, :, :] + jnp.swapaxes(
+    low = blocks(into)[..., 1::2, :, :] * jnp.swapaxes(
       blocks(out)[..., 0::2, :, :], -1, -2
     )
-    between = _quarters(between, -jnp.inf, low)
-  return jnp.exp(between[..., 0, :, :])
+    between = _quarters(between, 0, low)
+  return between[..., 0, :, :]
 
 
 def keywise_scores(q, k, levels, product):
-  """Σₖ qᵢ kⱼ exp(sum between j and i), `[..., c, c]`; 0 for j ≥ i.
+  """Σₖ qᵢ kⱼ decay between j and i, `[..., c, c]`; 0 for j ≥ i.
 
   q, k and `levels` are `[..., c, K]`; `product(x, y)` contracts last axes.
   """
@@ -75,7 +74,7 @@ def keywise_scores(q, k, levels, product):
     # A token is asked in second halves and is met in first ones.
     asks = (np.arange(length) // half % 2 == 1)[:, None]
     asks = jnp.asarray(asks.reshape((1,) * (q.ndim - 2) + asks.shape))
-    x = jnp.where(asks, q, k) * jnp.exp(jnp.where(asks, into, out))
+    x = jnp.where(asks, q, k) * jnp.where(asks, into, out)
     if half < base:
       x = blocks(x, base)
       mask = _across(base, half, scores.ndim)

@@ -1,14 +1,18 @@
 """The two passes over chunks of a gated linear attention.
 
-In turn: one chunk after another, with the state as the carry. At once: the
-states at the chunks' boundaries first, then all chunks side by side, which
-gives a matrix unit the most to do. Both keep the states before the chunks and
-compute everything else again on the way back.
+In turn: one chunk after another, with the state as the carry. It is the way of
+CPUs, for a chunk then stays in the cache; it is laid out there too, for to lay
+out all tokens beforehand takes as long as all products. At once: the states at
+the chunks' boundaries first, then all chunks side by side, which gives a matrix
+unit the most to do. Both keep the states before the chunks and compute
+everything else again on the way back.
 
-A chunk is q, k `[N, B, G, c, K]`, v `[N, B, G, R, c, V]`, log_a
-`[N, B, G, R, c]` or (R = 1) `[N, B, G, 1, c, K]`; states `[N, B, G, R, K, V]`.
-Its marks, or None, tell documents apart. States that are not finite are zero
-to whom reads them, see `quarantine`.
+Tokens are q, k `[B, T, G, K]`, v `[B, T, G, R, V]`, log_a `[B, T, G, R]` or
+(R = 1) `[B, T, G, 1, K]`, T a multiple of the chunk's size. A chunk is q, k
+`[N, B, G, c, K]`, v `[N, B, G, R, c, V]`, log_a `[N, B, G, R, c]` or (R = 1)
+`[N, B, G, 1, c, K]`; states `[N, B, G, R, K, V]`. Its marks, or None, tell
+documents apart. States that are not finite are zero to whom reads them, see
+`quarantine`.
 """
 
 import functools
@@ -27,38 +31,58 @@ __all__ = [
   "forward_in_turn",
 ]
 
+# G, and where there are values, R.
+_HEAD_AXES = {"q": 1, "k": 1, "v": 2, "log_a": 2}
 
-def forward_in_turn(precision, chunk, bonus, marks, state):
-  """y of all chunks, the final state, and the states before the chunks."""
 
-  def step(state, xs):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def forward_in_turn(precision, size, tokens, bonus, marks, state):
+  """y `[B, T, G, R, V]`, the final state, and the states before the chunks."""
+
+  def step(carry, xs):
+    (state, y), (i, marks) = carry, xs
+    chunk = _chunk_at(i, tokens, size)
     before = _readable(state[None], marks)[0]
-    y, after = _local(precision, *_one(xs), before, bonus)
-    return after[0], (y[0], state)
+    new, after = _local(precision, chunk, _one(marks), before, bonus)
+    return (after[0], _put(y, _tokens("v", new), i)), state
 
-  final, (y, before) = lax.scan(step, state, (chunk, marks))
+  xs = (_numbers(tokens, size), marks)
+  carry = (state, jnp.zeros_like(tokens["v"]))
+  (final, y), before = lax.scan(step, carry, xs)
   return y, final, before
 
 
-def forward_at_once(precision, chunk, bonus, marks, state):
+@forward_in_turn.defjvp
+def _forward_jvp(precision, size, primals, tangents):
+  return _at_once_jvp(forward_at_once, precision, size, primals, tangents)
+
+
+def forward_at_once(precision, size, tokens, bonus, marks, state):
   """As `forward_in_turn`."""
+  chunk = _chunks(tokens, size)
   parts = _parts(precision, chunk, bonus, marks)
   new = _leave(precision, chunk, parts)
   final, before = _states(state, parts, new, marks)
   read = _readable(before, marks)[0]
-  return _read(precision, chunk, parts, marks, read), final, before
+  y = _tokens("v", _read(precision, chunk, parts, marks, read))
+  return y, final, before
 
 
-def backward_in_turn(precision, chunk, bonus, marks, before, dy, dfinal):
-  """Cotangents of chunk, bonus and first state, and which states were lost.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def backward_in_turn(
+  precision, size, tokens, bonus, marks, before, dy, dfinal
+):  # fmt: skip
+  """Cotangents of tokens, bonus and first state, and which states were lost.
 
   Those are the cotangents of the states after chunks, where not finite.
   """
 
   def step(carry, xs):
-    dstate, dbonus = carry
-    chunk, marks, before, dy = _one(xs)
-    before = _readable(before, marks)[0]
+    dstate, dbonus, dtokens = carry
+    i, marks, before = xs
+    marks = _one(marks)
+    chunk, dy_here = _chunk_at(i, (tokens, {"v": dy}), size)
+    before = _readable(before[None], marks)[0]
     after, lost = _readable(dstate[None], marks)
     pull = jax.vjp(
       lambda chunk, before, bonus: _local(
@@ -66,19 +90,31 @@ def backward_in_turn(precision, chunk, bonus, marks, before, dy, dfinal):
       ),
       chunk, before, bonus,
     )[1]  # fmt: skip
-    dchunk, dbefore, more = pull((dy, after))
+    dchunk, dbefore, more = pull((dy_here["v"], after))
+    dtokens = {
+      name: _put(x, _tokens(name, dchunk[name]), i)
+      for name, x in dtokens.items()
+    }
     dbonus = jax.tree.map(jnp.add, dbonus, more)
-    return (dbefore[0], dbonus), jax.tree.map(lambda x: x[0], (dchunk, lost))
+    return (dbefore[0], dbonus, dtokens), jax.tree.map(lambda x: x[0], lost)
 
-  (dstate, dbonus), (dchunk, lost) = lax.scan(
-    step, (dfinal, jax.tree.map(jnp.zeros_like, bonus)),
-    (chunk, marks, before, dy), reverse=True,
-  )  # fmt: skip
-  return dchunk, dbonus, dstate, lost
+  carry = (dfinal, *jax.tree.map(jnp.zeros_like, (bonus, tokens)))
+  xs = (_numbers(tokens, size), marks, before)
+  carry, lost = lax.scan(step, carry, xs, reverse=True)
+  dstate, dbonus, dtokens = carry
+  return dtokens, dbonus, dstate, lost
 
 
-def backward_at_once(precision, chunk, bonus, marks, before, dy, dfinal):
+@backward_in_turn.defjvp
+def _backward_jvp(precision, size, primals, tangents):
+  return _at_once_jvp(backward_at_once, precision, size, primals, tangents)
+
+
+def backward_at_once(
+  precision, size, tokens, bonus, marks, before, dy, dfinal
+):  # fmt: skip
   """As `backward_in_turn`."""
+  chunk, dy = _chunks(tokens, size), _chunks({"v": dy}, size)["v"]
   before = _readable(before, marks)[0]
   parts = _parts(precision, chunk, bonus, marks)
   enter = functools.partial(_enter, precision, chunk, parts, marks)
@@ -91,13 +127,62 @@ def backward_at_once(precision, chunk, bonus, marks, before, dy, dfinal):
     chunk, bonus,
   )[1]  # fmt: skip
   dchunk, dbonus = pull((dy, after))
-  return dchunk, dbonus, dstate, lost
+  dtokens = {name: _tokens(name, x) for name, x in dchunk.items()}
+  return dtokens, dbonus, dstate, lost
 
 
 def finite_states(states):
   """States, zero where one is not finite, and where that is."""
   fine = jnp.isfinite(states).all((-1, -2))
   return jnp.where(fine[..., None, None], states, 0), ~fine
+
+
+def _at_once_jvp(function, precision, size, primals, tangents):
+  """Go round the slices: each has a cotangent as large as what it is cut of."""
+  tokens, bonus, marks, *rest = primals
+  return jax.jvp(
+    lambda tokens, bonus, *rest: function(
+      precision, size, tokens, bonus, marks, *rest
+    ),
+    (tokens, bonus, *rest), (*tangents[:2], *tangents[3:]),
+  )  # fmt: skip
+
+
+def _numbers(tokens, size):
+  return jnp.arange(tokens["v"].shape[1] // size, dtype=jnp.int32)
+
+
+def _chunk_at(i, tokens, size):
+  """The i-th chunk only, of one or several dictionaries of tokens."""
+  cut = lambda x: lax.dynamic_slice_in_dim(x, i * size, size, 1)
+  is_dict = lambda x: isinstance(x, dict)
+  chunk = jax.tree.map(
+    lambda x: _chunks(jax.tree.map(cut, x), size), tokens, is_leaf=is_dict
+  )
+  # Fused with a product, a transposition would be done again for each.
+  return lax.optimization_barrier(chunk)
+
+
+def _put(x, new, i):
+  """x with the tokens of the i-th chunk."""
+  return lax.dynamic_update_slice_in_dim(x, new, i * new.shape[1], 1)
+
+
+def _chunks(tokens, size):
+  """Tokens `[B, T, ...]` in chunks, time where it is contracted over."""
+
+  def cut(x, heads):
+    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    # [B, N, c, G, R, ...] to [N, B, G, R, c, ...]
+    return jnp.moveaxis(jnp.moveaxis(x, 2, 2 + heads), 1, 0)
+
+  return {name: cut(x, _HEAD_AXES[name]) for name, x in tokens.items()}
+
+
+def _tokens(name, x):
+  """Chunks of one of the tokens' arrays as `[B, T, ...]`."""
+  x = jnp.moveaxis(jnp.moveaxis(x, 0, 1), 2 + _HEAD_AXES[name], 2)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _readable(states, marks):
@@ -136,10 +221,11 @@ def _parts(precision, chunk, bonus, marks):
   q, k, log_a = chunk["q"], chunk["k"], chunk["log_a"]
   before = bonus is not None
   by_key = log_a.ndim > chunk["v"].ndim - 1
-  levels, *sums = halvings(log_a if by_key else log_a[..., None], before=before)
-  # Fused with what reads them, the sums would be formed again by each.
-  levels, sums = lax.optimization_barrier((levels, sums))
-  into, out, total = map(jnp.exp, sums)
+  decay = jnp.exp(log_a if by_key else log_a[..., None])
+  # Fused with what reads them, the products would be formed again by each.
+  levels, into, out, total = lax.optimization_barrier(
+    halvings(decay, before=before)
+  )
   if before:
     q_now = q * bonus.astype(q.dtype)[None, None, :, None]
   else:
@@ -153,7 +239,7 @@ def _parts(precision, chunk, bonus, marks):
     scores = jnp.where(diagonal, now, scores[:, :, :, None])
   else:
     scores = _product(precision, "...ik,...jk->...ij", q, k)[:, :, :, None]
-    scores = scores * headwise_decay(log_a, levels)
+    scores = scores * headwise_decay(decay, levels)
     if before:
       scores = jnp.where(diagonal, now, scores)
   if marks is not None:
@@ -173,7 +259,7 @@ def _read(precision, chunk, parts, marks, before):
 def _enter(precision, chunk, parts, marks, before):
   """What the state before a chunk gives to its tokens."""
   q, into = chunk["q"], parts["into"]
-  if into.shape[-1] == 1:
+  if into.shape[3] > 1:
     y = _product(precision, "nbgik,nbgrkv->nbgriv", q, before) * into
   else:
     y = _product(
@@ -187,7 +273,7 @@ def _enter(precision, chunk, parts, marks, before):
 def _leave(precision, chunk, parts):
   """What the tokens of a chunk give to the state after it."""
   k, v, out = chunk["k"], chunk["v"], parts["out"]
-  if out.shape[-1] == 1:
+  if out.shape[3] > 1:
     return _product(precision, "nbgik,nbgriv->nbgrkv", k, v * out)
   return _product(precision, "nbgrik,nbgriv->nbgrkv", k[:, :, :, None] * out, v)
 
