@@ -12,6 +12,7 @@ from jax import lax
 
 from ssmjax.ops.gla_chunked import gla_chunked
 from ssmjax.ops.partition import divided
+from ssmjax.ops.reverse_only import refused_by_name
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import (
@@ -107,10 +108,11 @@ def gated_linear_attention(
   if implementation is not None:
     check_choice("gated_linear_attention", "implementation", implementation,
                  ("reference", "chunked"))  # fmt: skip
-  return _gated_linear_attention(
-    q, k, v, log_a, bonus, initial_state, segment_ids, scale=scale,
-    implementation=implementation,
-  )  # fmt: skip
+  with refused_by_name("gated_linear_attention"):
+    return _gated_linear_attention(
+      q, k, v, log_a, bonus, initial_state, segment_ids, scale=scale,
+      implementation=implementation,
+    )  # fmt: skip
 
 
 def gated_linear_attention_step(

@@ -3,6 +3,7 @@
 JAX refuses a jvp of a `custom_vjp` function too, but late and without a name.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from jax.interpreters import ad, batching, mlir
 
 from ssmjax.types import Array
 
-__all__ = ["reverse_only"]
+__all__ = ["refused_by_name", "reverse_only"]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -32,6 +33,21 @@ def reverse_only(op: str, x: Array) -> Array:
   return x
 
 
+@contextlib.contextmanager
+def refused_by_name(op: str):
+  """Around the call of an op whose arguments are marked: say its name.
+
+  Where a `vmap` is around forward mode, as in `jacfwd`, JAX's own refusal comes
+  before that of the mark.
+  """
+  try:
+    yield
+  except TypeError as error:
+    if "forward-mode" not in str(error):
+      raise
+    _refuse(op=op, cause=error)
+
+
 @reverse_only.defjvp
 def _mark_tangent(op, primals, tangents):
   # The value goes on without a mark: what comes next has all derivatives.
@@ -43,12 +59,12 @@ _tangent_p.def_abstract_eval(lambda x, *, op: x)
 ad.deflinear2(_tangent_p, lambda ct, x, *, op: [ct])
 
 
-def _refuse(*_, op):
+def _refuse(*_, op, cause=None):
   raise NotImplementedError(
     f"{op}: forward-mode derivatives (jvp, jacfwd, linearize) go through the"
     " reference alone. Pass implementation='reference', or use reverse mode"
     " (grad, vjp, jacrev)."
-  )
+  ) from cause
 
 
 _tangent_p.def_impl(_refuse)

@@ -14,6 +14,7 @@ from jax import lax
 
 from ssmjax.ops.gla_chunked import gla_chunked
 from ssmjax.ops.partition import divided
+from ssmjax.ops.reverse_only import refused_by_name
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import (
@@ -107,11 +108,12 @@ def ssd(
     check_choice(
       "ssd", "implementation", implementation, ("reference", "chunked")
     )
-  return _ssd(
-    x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids,
-    dt_softplus=dt_softplus, dt_limits=tuple(dt_limits),
-    polarization=polarization, implementation=implementation,
-  )  # fmt: skip
+  with refused_by_name("ssd"):
+    return _ssd(
+      x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids,
+      dt_softplus=dt_softplus, dt_limits=tuple(dt_limits),
+      polarization=polarization, implementation=implementation,
+    )  # fmt: skip
 
 
 def ssd_step(
