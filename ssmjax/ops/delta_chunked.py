@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ssmjax.ops.chunk_decay import halvings, headwise_decay
 from ssmjax.ops.varying import match_varying
 
 __all__ = ["delta_rule_chunked"]
 
 CHUNK = 64  # Tokens that one triangular system takes, a power of two.
 _PIECE = 4  # Chunks computed side by side.
-_BLOCK = 16  # Rows of the systems and sums that larger ones are made of.
+_BLOCK = 16  # Rows of the systems that larger ones are made of.
 
 
 @jax.custom_vjp
@@ -65,10 +66,22 @@ def _pull(residuals, cotangents):
   (q, k, v, beta, log_a, _, valid, restart), states = residuals
   dy, dfinal = cotangents
   tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
-  split, join = _pieces(v.shape[1])
-  xs = jax.tree.map(split, (tokens, (valid, restart), dy))
-  dstate, grads = lax.scan(_piece_back, dfinal, (xs, states), reverse=True)
-  grads = jax.tree.map(join, grads)
+  span, pad, split, join = _pieces(v.shape[1])
+  padded = jax.tree.map(pad, (tokens, (valid, restart), dy))
+
+  def piece(carry, xs):
+    (dstate, grads), (i, states) = carry, xs
+    cut = lambda x: split(lax.dynamic_slice_in_dim(x, i * span, span, 1))
+    xs = lax.optimization_barrier(jax.tree.map(cut, padded))
+    dstate, new = _piece_back(dstate, (xs, states))
+    put = lambda x, y: lax.dynamic_update_slice_in_dim(x, join(y), i * span, 1)
+    return (dstate, jax.tree.map(put, grads, new)), None
+
+  count = states.shape[0]
+  xs = (jnp.arange(count, dtype=jnp.int32), states)
+  carry = (dfinal, jax.tree.map(jnp.zeros_like, padded[0]))
+  (dstate, grads), _ = lax.scan(piece, carry, xs, reverse=True)
+  grads = jax.tree.map(lambda x: x[:, : v.shape[1]], grads)
   return (*(grads[name] for name in tokens), dstate, None, None)
 
 
@@ -77,36 +90,50 @@ delta_rule_chunked.defvjp(_keep, _pull)
 
 def _forward(q, k, v, beta, log_a, state, valid, restart):
   tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
-  split, join = _pieces(v.shape[1])
-  xs = jax.tree.map(split, (tokens, (valid, restart)))
-  final, (y, states) = lax.scan(_piece, state, xs)
-  return join(y), final, states
+  span, pad, split, join = _pieces(v.shape[1])
+  padded = jax.tree.map(pad, (tokens, (valid, restart)))
+
+  def piece(carry, i):
+    state, y = carry
+    # Cut here, a piece is laid out in the cache and not in a copy of all.
+    cut = lambda x: split(lax.dynamic_slice_in_dim(x, i * span, span, 1))
+    xs = lax.optimization_barrier(jax.tree.map(cut, padded))
+    state, (new, states) = _piece(state, xs)
+    y = lax.dynamic_update_slice_in_dim(y, join(new), i * span, 1)
+    return (state, y), states
+
+  y = jnp.zeros_like(padded[0]["v"])
+  count = jnp.arange(y.shape[1] // span, dtype=jnp.int32)
+  (final, y), states = lax.scan(piece, (state, y), count)
+  return y[:, : v.shape[1]], final, states
 
 
 def _pieces(length):
-  """Functions that cut `[B, T, H, …]` into pieces of chunks, and join them.
+  """The tokens of a piece, and functions that pad, cut and join.
 
-  Pieces are `[pieces, B, H, chunks, CHUNK, …]`, masks without H.
+  Padded are `[B, T, H, …]` to whole pieces; a piece of that, or of masks
+  without H, is cut as `[B, H, chunks, CHUNK, …]`, and joined again.
   """
   size = min(CHUNK, 1 << (length - 1).bit_length())
   chunks = -(-length // size)
   pieces = -(-chunks // _PIECE)
   chunks = -(-chunks // pieces)
+  tail = pieces * chunks * size - length
+
+  def pad(x):
+    # A token of zeros is neutral: it writes nothing and forgets nothing.
+    widths = ((0, 0), (0, tail)) + ((0, 0),) * (x.ndim - 2)
+    return jnp.pad(x, widths) if tail else x
 
   def split(x):
-    # A token of zeros is neutral: it writes nothing and forgets nothing.
-    tail = pieces * chunks * size - length
-    x = jnp.pad(x, ((0, 0), (0, tail)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(x.shape[0], pieces, chunks, size, *x.shape[2:])
-    x = jnp.moveaxis(x, 1, 0)
-    return x if x.ndim == 4 else jnp.moveaxis(x, 4, 2)
+    x = x.reshape(x.shape[0], chunks, size, *x.shape[2:])
+    return x if x.ndim == 3 else jnp.moveaxis(x, 3, 1)
 
   def join(x):
-    x = jnp.moveaxis(jnp.moveaxis(x, 2, 4), 0, 1)
-    x = x.reshape(x.shape[0], -1, *x.shape[4:])
-    return x[:, :length]
+    x = jnp.moveaxis(x, 1, 3)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
-  return split, join
+  return chunks * size, pad, split, join
 
 
 def _piece(state, xs):
@@ -127,7 +154,7 @@ def _piece(state, xs):
     return _spoil(new, lost), (state, u)
 
   xs = (f["total"], f["k_up"], w, u, parts["stays"], spoiled[..., -1])
-  state, (states, u) = lax.scan(chunk, state, _chunks_first(xs))
+  state, (states, u) = lax.scan(chunk, state, _chunks_first(xs), unroll=_PIECE)
   states, u = jnp.moveaxis(states, 0, 2), jnp.moveaxis(u, 0, 2)
   clean, lost = _finite(states)
   y = _dot("tk,kp->tp", f["q_down"], clean) + _dot("ti,ip->tp", f["p"], u)
@@ -166,7 +193,7 @@ def _piece_back(dstate, xs):
   begins_sick = spoiled[..., 0] & parts["sees"][..., 0]
   xs = (f["total"], f["k_up"], w, own, du, parts["stays"], begins_sick)
   dstate, (dstates, du) = lax.scan(
-    chunk, dstate, _chunks_first(xs), reverse=True
+    chunk, dstate, _chunks_first(xs), reverse=True, unroll=_PIECE
   )
   dstates, du = jnp.moveaxis(dstates, 0, 2), jnp.moveaxis(du, 0, 2)
   dstates, lost = _finite(dstates)
@@ -206,14 +233,12 @@ def _factors(tokens, parts, dtype):
   total = jnp.broadcast_to(parts["stays"], k.shape[:3]).astype(dtype)
   total, _ = match_varying(total, k)  # A constant without ids and decays.
   if tokens["log_a"] is not None:
-    log_a = tokens["log_a"].astype(dtype)
-    between = _segment_sums(log_a)
-    decay = jnp.exp(jnp.where(parts["mask"], between, -jnp.inf))
+    each = jnp.exp(tokens["log_a"].astype(dtype))[..., None]
+    levels, into, out, whole = halvings(each, before=False)
+    decay = headwise_decay(each, levels)
     system, p = system * decay, p * decay
-    down = jnp.exp(jnp.cumsum(log_a, -1))[..., None]
-    q_down, k_down = q_down * down, k_down * down
-    k_up = k_up * decay[..., -1, :, None]
-    total = total * down[..., -1, 0]
+    q_down, k_down, k_up = q_down * into, k_down * into, k_up * out
+    total = total * whole[..., 0]
   return dict(
     system=system, p=p, q_down=q_down, k_down=k_down, k_up=k_up, total=total,
     write=beta[..., None] * v,
@@ -270,43 +295,6 @@ def _solve(system, inverses, right, *, transpose=False):
     else:
       solved = jnp.concatenate([x, solved] if transpose else [solved, x], -2)
   return solved
-
-
-def _segment_sums(x):
-  """Σ x over i < j <= t as `[…, t, i]`, for i <= t; 0 or whatever above.
-
-  No sum is taken from another, which would lose the small terms after a large
-  one and make infinity minus infinity of exact zeros: t's own block up to t,
-  the blocks between, and i's own block from i on are added.
-  """
-  size = x.shape[-1]
-  block = min(_BLOCK, size)
-  count = size // block
-  x = x.reshape(*x.shape[:-1], count, block)
-
-  def sums(x):
-    past = np.tril(np.ones((x.shape[-1],) * 2, bool), -1)
-    past = past.reshape((1,) * (x.ndim - 1) + past.shape)
-    return jnp.cumsum(jnp.where(past, x[..., None], 0), -2)
-
-  inner = sums(x)
-  if count == 1:
-    return inner[..., 0, :, :]
-  upto, onwards = jnp.cumsum(x, -1), inner[..., -1, :]
-  outer = sums(x.sum(-1))
-  # Blocks strictly between: those before t's, one row further down.
-  outer = jnp.pad(
-    outer[..., :-1, :], ((0, 0),) * (outer.ndim - 2) + ((1, 0), (0, 0))
-  )
-  outer = (
-    outer[..., :, None, :, None]
-    + upto[..., :, :, None, None]
-    + onwards[..., None, None, :, :]
-  )
-  same = np.eye(count, dtype=bool)[:, None, :, None]
-  same = same.reshape((1,) * (outer.ndim - 4) + same.shape)
-  total = jnp.where(same, inner[..., :, :, None, :], outer)
-  return total.reshape(*total.shape[:-4], size, size)
 
 
 def _parts(restart, shape):

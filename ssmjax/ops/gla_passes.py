@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssmjax.ops.gla_decay import halvings, headwise_decay, keywise_scores
+from ssmjax.ops.chunk_decay import halvings, headwise_decay, keywise_scores
 
 __all__ = [
   "backward_at_once",
@@ -222,10 +222,7 @@ def _parts(precision, chunk, bonus, marks):
   before = bonus is not None
   by_key = log_a.ndim > chunk["v"].ndim - 1
   decay = jnp.exp(log_a if by_key else log_a[..., None])
-  # Fused with what reads them, the products would be formed again by each.
-  levels, into, out, total = lax.optimization_barrier(
-    halvings(decay, before=before)
-  )
+  levels, into, out, total = halvings(decay, before=before)
   if before:
     q_now = q * bonus.astype(q.dtype)[None, None, :, None]
   else:

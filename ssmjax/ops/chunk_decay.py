@@ -11,6 +11,7 @@ the two factors go into a matrix product where decays differ by key channel.
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 __all__ = ["halvings", "headwise_decay", "keywise_scores"]
 
@@ -41,7 +42,10 @@ def halvings(decay, *, before):
     out = out * jnp.concatenate([second, one], axis)
     total = first * second
   total = total.reshape(*shape[:-2], shape[-1])
-  return levels, into.reshape(shape), out.reshape(shape), total
+  # Fused with what reads them, the products would be formed again by each.
+  return lax.optimization_barrier(
+    (levels, into.reshape(shape), out.reshape(shape), total)
+  )
 
 
 def headwise_decay(decay, levels):
