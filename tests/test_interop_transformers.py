@@ -213,38 +213,6 @@ def native_tensors(folder):
   return found
 
 
-@pytest.mark.parametrize(
-  ("family", "fields", "message"),
-  [
-    ("mistral", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ("mistral", {"rope_scaling": {"rope_type": "yarn"}}, "type 'yarn'"),
-    ("gpt_neox", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
-    ("recurrentgemma", {"hidden_activation": "silu"}, "is 'silu'"),
-  ],
-)
-def test_features_that_are_not_here_are_refused(
-  family, fields, message, tmp_path
-):
-  folder = folder_of(family, tmp_path)
-  with pytest.raises(NotImplementedError, match=message):
-    abstract_pretrained(changed(folder, fields))
-
-
-@pytest.mark.parametrize(
-  ("fields", "message"),
-  [
-    ({"sliding_window": 0}, "sliding_window is 0"),
-    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is"),
-    ({"num_attention_heads": None}, "num_attention_heads is"),
-    ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
-  ],
-)
-def test_fields_that_are_wrong_are_named(fields, message, tmp_path):
-  folder = folder_of("mistral", tmp_path)
-  with pytest.raises(ValueError, match=message):
-    abstract_pretrained(changed(folder, fields))
-
-
 def test_mistral_without_a_window_attends_to_all(tmp_path):
   folder = folder_of("mistral", tmp_path)
   found = abstract_pretrained(changed(folder, {"sliding_window": None}))

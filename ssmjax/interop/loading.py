@@ -51,6 +51,11 @@ def load_pretrained(
   - RWKV-4 of transformers (`RWKV/rwkv-4-169m-pile`), of whose blocks each half
     is a layer here.
 
+  What alters the model in a configuration of transformers 5.23 or of the
+  packages is followed or refused. Passed over are fields of training, of
+  generation and of lengths: dropout, initial values, tokens' numbers,
+  `max_position_embeddings`; a residual is float32 whatever is said of it.
+
   Tensors go one by one from the file into arrays of the model's own layout on
   the devices: the host has to hold one tensor of one layer (a device's piece
   of it, if it is sharded), or, of a `.bin` that cannot be mapped, one file

@@ -16,7 +16,7 @@ from ssmjax.interop.folders import (
   list_tensors,
   read_object,
 )
-from ssmjax.interop.formats import SAME, Format, Tensor, lacking
+from ssmjax.interop.formats import SAME, Format, Tensor, flag, lacking
 from ssmjax.interop.naming import layers, parameter_name, parameters
 from ssmjax.models import LanguageModel
 
@@ -200,6 +200,8 @@ def _format(fields) -> Format:
       f"per_layer_config is {fields['per_layer_config']!r}",
       "published model whose layers differ so",
     )
+  if not flag(fields, "is_causal", True):
+    raise lacking("is_causal is false", "layer that sees what comes after")
   for format in FORMATS:
     if format.matches(fields):
       return format
