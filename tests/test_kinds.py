@@ -109,6 +109,72 @@ def test_weight_decay_pulls_on_projections_alone(kind):
   assert all(map(_PULLED.fullmatch, pulled)), pulled
 
 
+def products(jaxpr):
+  """All products of matrices in a jaxpr, those of its inner ones included."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      yield eqn
+    for inner in jax.tree.leaves(eqn.params, is_leaf=has_equations):
+      if has_equations(inner):
+        yield from products(inner)
+
+
+def has_equations(x):
+  return hasattr(x, "eqns")
+
+
+def stated(eqn):
+  """The precision of both operands, None for the platform's."""
+  precision = eqn.params["precision"]
+  return precision and set(precision)
+
+
+def mixer_of(kind, dtype):
+  config = MIXERS[kind](**SIZES.get(kind, {}), dtype=dtype)
+  return jax.eval_shape(lambda: config.build(64, 2, nnx.Rngs(0)))
+
+
+# On a TPU the platform's precision takes float32 for bfloat16: what is float32
+# among narrow activations has a reason, and says what becomes of it.
+@KINDS
+def test_kind_states_the_precision_of_what_it_widens_to_float32(kind):
+  mixer = mixer_of(kind, jnp.bfloat16)
+  x = jax.ShapeDtypeStruct((1, 6, 64), jnp.bfloat16)
+  jaxpr = jax.make_jaxpr(lambda mixer, x: mixer(x)[0])(mixer, x)
+  for eqn in products(jaxpr.jaxpr):
+    dtypes = {v.aval.dtype for v in eqn.invars}
+    assert stated(eqn) or jnp.dtype(jnp.float32) not in dtypes, eqn
+
+
+# Products that give values or keys, too, RWKV-4's sums of both among them.
+SHARED = dict.fromkeys(["mamba2", "longhorn", "mingru", "minlstm", "hgrn2"], 1)
+SHARED["rwkv4"] = 2
+WITH_EQ1 = [
+  kind for kind, config in MIXERS.items() if config.polarizes and kind != "h3"
+]
+
+
+@pytest.mark.parametrize("kind", WITH_EQ1)
+def test_kind_makes_its_decays_of_exact_products(kind):
+  x = jax.ShapeDtypeStruct((1, 6, 64), jnp.float32)
+
+  def decays(mixer, x):
+    shown = mixer.recurrence(x)
+    return shown.a, shown.dt
+
+  jaxpr = jax.make_jaxpr(decays)(mixer_of(kind, jnp.float32), x).jaxpr
+  used, exact = set(jaxpr.outvars), []
+  for eqn in reversed(jaxpr.eqns):
+    if not used & set(eqn.outvars):
+      continue
+    if next(products(jaxpr.replace(eqns=[eqn])), None):
+      # The last product before a decay; what is before it may be rough.
+      exact.append(stated(eqn) == {jax.lax.Precision.HIGHEST})
+      continue
+    used |= {v for v in eqn.invars if not hasattr(v, "val")}
+  assert exact.count(False) == SHARED.get(kind, 0), exact
+
+
 @pytest.mark.nightly
 @KINDS
 def test_kind_keeps_float32_where_float64_is_available(kind, x64):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import Precision
 
 from ssmjax import ops
 from ssmjax.models.layers import (
@@ -329,7 +330,7 @@ class DeltaNet(nnx.Module):
 
   def _rates(self, x):
     """β and the logarithm of the decay, float32."""
-    beta = jax.nn.sigmoid(dense(x.astype(jnp.float32), self.beta_proj[...]))
+    beta = jax.nn.sigmoid(_exact(x, self.beta_proj[...]))
     return 2 * beta if self.config.allow_negative else beta, None
 
   def _output(self, y, z):
@@ -378,5 +379,10 @@ class GatedDeltaNet(DeltaNet):
 
   def _rates(self, x):
     beta, _ = super()._rates(x)
-    dt = dense(x.astype(jnp.float32), self.decay_proj[...]) + self.dt_bias[...]
+    dt = _exact(x, self.decay_proj[...]) + self.dt_bias[...]
     return beta, -jnp.exp(self.A_log[...]) * jax.nn.softplus(dt)
+
+
+def _exact(x, weight):
+  """x @ weight in float32, whatever the dtype of activations."""
+  return dense(x.astype(jnp.float32), weight, precision=Precision.HIGHEST)

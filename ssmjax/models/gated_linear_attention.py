@@ -1,12 +1,14 @@
 """GLA and HGRN2: memories with a learned decay for every key channel."""
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import Precision
 
 from ssmjax.models.layers import (
   RMSNorm,
@@ -154,8 +156,9 @@ class GLA(MatrixMixer):
   def _maps(self, x, parts, position):
     del position
     q, k, v, gate = parts
-    low = dense(x, self.gate_down[...]).astype(jnp.float32)
-    logit = dense(low, self.gate_up[...]) + self.gate_bias[...]
+    exact = functools.partial(dense, precision=Precision.HIGHEST)
+    low = exact(x, self.gate_down[...]).astype(jnp.float32)
+    logit = exact(low, self.gate_up[...]) + self.gate_bias[...]
     log_a = jax.nn.log_sigmoid(logit) / self.config.gate_temperature
     log_a = log_a.reshape(*log_a.shape[:-1], self._heads(), -1)
     if self.config.polarization is not None:

@@ -223,9 +223,9 @@ def dense(
       bfloat16 before it multiplies. A product that is there for a decay, a
       rate, a Δ or an exponent's sake, and so is few numbers wide, is taken
       with `Precision.HIGHEST` everywhere in ssmjax. (Where such numbers are
-      columns of one product with values, as in Mamba-2, HGRN2, minGRU and
-      RWKV-4, they have the precision of all: for float32 models on a TPU see
-      `jax.default_matmul_precision`.)
+      columns of one product with values, as in Mamba-2, HGRN2 and minGRU, or
+      are the keys, as in Longhorn and RWKV-4, they have the precision of all:
+      for float32 models on a TPU see `jax.default_matmul_precision`.)
   """
   rows = x.reshape(-1, x.shape[-1])
   if x.dtype.itemsize < weight.dtype.itemsize:

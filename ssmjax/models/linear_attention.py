@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.lax import Precision
 
 from ssmjax.models.layers import (
   LayerNorm,
@@ -210,12 +211,14 @@ class LinearAttention(MatrixMixer):
       return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
     if self.config.feature_map == "exp_mlp":
       weight, bias = self.feature_weight[of_keys], self.feature_bias[of_keys]
-      y = jnp.einsum("...hk,hkf->...hf", x, weight) + bias
+      y = jnp.einsum("...hk,hkf->...hf", x, weight, precision=Precision.HIGHEST)
+      y = y + bias
       return jax.nn.softmax(jnp.concatenate([y, -y], -1), -1)
     width = x.shape[-1]
     count = self.config.num_features or width
     x = x * width**-0.25
-    y = x @ _orthogonal(width, count, self.config.feature_seed)
+    omega = _orthogonal(width, count, self.config.feature_seed)
+    y = jnp.matmul(x, omega, precision=Precision.HIGHEST)
     y = jnp.concatenate([y, -y], -1)
     y = y - 0.5 * jnp.square(x).sum(-1, keepdims=True)
     y = y - 0.5 * math.log(2 * count)

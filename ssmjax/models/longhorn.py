@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import Precision
 
 from ssmjax import ops
 from ssmjax.models.layers import (
@@ -226,8 +227,8 @@ class Longhorn(nnx.Module):
     rank = self.beta_proj.shape[0]
     x = dense(u, self.x_proj[...])
     delta, k, q = jnp.split(x, [rank, (rank + x.shape[-1]) // 2], -1)
-    beta = dense(delta, self.beta_proj[...]).astype(jnp.float32)
-    beta = jax.nn.sigmoid(beta + self.beta_bias[...])
+    beta = dense(delta, self.beta_proj[...], precision=Precision.HIGHEST)
+    beta = jax.nn.sigmoid(beta.astype(jnp.float32) + self.beta_bias[...])
     k, q = k.astype(jnp.float32), q.astype(jnp.float32)
     square = jnp.sum(jnp.square(k), -1, keepdims=True)
     return u, beta / (1 + beta * square), k, q

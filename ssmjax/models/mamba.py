@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import Precision
 
 from ssmjax import ops
 from ssmjax.models.layers import dense, normal, torch_uniform
@@ -287,7 +288,8 @@ class Mamba(nnx.Module):
     x = dense(u, self.x_proj[...])
     parts = jnp.split(x, [rank, (rank + x.shape[-1]) // 2], -1)
     delta, B, C = map(self._normed, parts)
-    return dense(delta, self.dt_proj[...]), B, C
+    dt = dense(delta, self.dt_proj[...], precision=Precision.HIGHEST)
+    return dt, B, C
 
   def _normed(self, x):
     epsilon = self.config.norm_epsilon

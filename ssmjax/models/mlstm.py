@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.lax import Precision
 
 from ssmjax import ops
 from ssmjax.models.layers import (
@@ -271,7 +272,9 @@ class MLSTM(nnx.Module):
       for proj in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
     )
     # Few and decisive, so in float32 throughout.
-    gates = dense(x.astype(jnp.float32), self.gate_proj[...])
+    gates = dense(
+      x.astype(jnp.float32), self.gate_proj[...], precision=Precision.HIGHEST
+    )
     gates = gates + self.gate_bias[...]
     cap = self.config.gate_soft_cap
     if cap is not None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import Precision
 
 from ssmjax import ops
 from ssmjax.models.layers import dense, normal, torch_uniform
@@ -333,10 +334,12 @@ def _starts(shape, started, segment_ids):
 def _block_dense(u, weight, bias):
   """Both gates before their σ, float32 `[2, ..., D]`."""
   blocks, block, _ = weight.shape
-  # Float32, which a TPU by default multiplies as bfloat16 with a wide sum;
-  # XLA:CPU has no such sum for blocks that are bfloat16.
+  # Float32 in any case, for XLA:CPU has no wide sum for blocks of bfloat16;
+  # for such u a TPU is to multiply in one pass, as it does by default.
+  exact = u.dtype == jnp.float32
+  precision = Precision.HIGHEST if exact else Precision.DEFAULT
   x = u.astype(jnp.float32).reshape(-1, blocks, block)
-  y = jnp.einsum("nhk,hkj->nhj", x, weight)
+  y = jnp.einsum("nhk,hkj->nhj", x, weight, precision=precision)
   y = (y + bias).reshape(-1, blocks, 2, block)
   return jnp.moveaxis(y, 2, 0).reshape(2, *u.shape)
 

@@ -1,12 +1,14 @@
 """RWKV-5 (Eagle) and RWKV-6 (Finch): matrix memories that decay by key."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.lax import Precision
 
 from ssmjax import ops
 from ssmjax.models.layers import (
@@ -344,16 +346,17 @@ class RWKV6(_RWKV):
     self.decay_up = draw(keys[3], 1e-2, low, self.time_decay.size)
 
   def _mixed(self, x, shifted):
-    low = jnp.tanh(dense(mix(x, shifted, self.mix_x[...]), self.mix_down[...]))
+    exact = functools.partial(dense, precision=Precision.HIGHEST)
+    low = jnp.tanh(exact(mix(x, shifted, self.mix_x[...]), self.mix_down[...]))
     low = low.reshape(*x.shape[:-1], 5, -1)
     mixed = {}
     for i, name in enumerate("wkvrg"):
-      more = dense(low[..., i, :], self.mix_up[i]).astype(jnp.float32)
+      more = exact(low[..., i, :], self.mix_up[i]).astype(jnp.float32)
       mu = getattr(self, f"mix_{name}")[...]
       mixed[name] = mix(x, shifted, mu - more)
     # Twice exponentiated, so in float32.
-    w = jnp.tanh(dense(mixed["w"].astype(jnp.float32), self.decay_down[...]))
-    w = dense(w, self.decay_up[...])
+    w = jnp.tanh(exact(mixed["w"].astype(jnp.float32), self.decay_down[...]))
+    w = exact(w, self.decay_up[...])
     decay = self.time_decay[...]
     return mixed, -jnp.exp(decay + w.reshape(*x.shape[:-1], *decay.shape))
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.lax import Precision
 
 from ssmjax import ops
 from ssmjax.models.layers import (
@@ -265,7 +266,9 @@ class TTTLinear(nnx.Module):
     return q, k, v
 
   def _rate(self, x):
-    rate = dense(x.astype(jnp.float32), self.rate_proj[...])
+    rate = dense(
+      x.astype(jnp.float32), self.rate_proj[...], precision=Precision.HIGHEST
+    )
     rate = jax.nn.sigmoid(rate + self.rate_bias[...])
     return (
       self.config.base_rate * rate / (self.d_model // self.config.num_heads)

@@ -182,7 +182,7 @@ def _associative(x, a, b, c, D, initial_state, segment_ids):
     a[None, None], inputs, initial_state=state, segment_ids=segment_ids,
     implementation="associative",
   )  # fmt: skip
-  y = jnp.einsum("btdn,dn->btd", states.astype(c.dtype), c).real
+  y = _einsum("btdn,dn->btd", states.astype(c.dtype), c)
   y = _without_padding(y + skip[None, None] * x, valid)
   return y.astype(y_dtype), final
 
