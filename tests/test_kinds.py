@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +203,19 @@ def test_kind_takes_explicit_shardings(kind, known):
     model = jax.tree.map(on(jax.P()), model)
     grads = jax.eval_shape(jax.grad(loss), model, on(jax.P("data"))(TOKENS))
   assert jax.tree.structure(grads) == jax.tree.structure(model)
+
+
+@KINDS
+def test_kind_refuses_what_its_choices_lack(kind):
+  config = MIXERS[kind]
+  given = SIZES.get(kind, {})
+  for field in dataclasses.fields(config):
+    if "Literal" in str(field.type):
+      known = "None, " if type(None) in get_args(field.type) else ""
+      message = rf"{config.__name__}: {field.name} is 'x', .* one of {known}'"
+      with pytest.raises(ValueError, match=message):
+        config(**given | {field.name: "x"})
+  assert "implementation" in vars(config(**given)) or not config.op
 
 
 def test_kinds_are_frozen_and_say_what_runs_them():

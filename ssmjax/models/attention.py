@@ -9,14 +9,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ssmjax.models.layers import affine, check_sizes, normal, torch_uniform
+from ssmjax.models.layers import (
+  affine,
+  check_choices,
+  check_sizes,
+  normal,
+  torch_uniform,
+)
 from ssmjax.models.softmax import attend, attend_window
 from ssmjax.ops.segments import segment_masks
 from ssmjax.types import (
   Array,
   Float,
   Int,
-  check_choice,
   check_segment_ids,
   check_shapes,
 )
@@ -88,9 +93,7 @@ class AttentionConfig:
   out_bias: bool = False
 
   def __post_init__(self):
-    choice = functools.partial(check_choice, "AttentionConfig")
-    choice("positions", self.positions, ("rope", "none"))
-    choice("init", self.init, ("mamba", "authors"))
+    check_choices(self)
     check_sizes(self, {"num_heads": 1, "max_length": 1, "window": 1})
     check_sizes(self, {"num_kv_heads": 1, "head_dim": 1})
     if self.num_heads % self.kv_heads:

@@ -12,6 +12,7 @@ from flax import nnx
 from ssmjax import ops
 from ssmjax.models.layers import (
   RMSNorm,
+  check_choices,
   check_exact,
   check_mixer,
   check_sizes,
@@ -30,7 +31,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_choice,
 )
 
 __all__ = ["CEMA", "CEMAConfig", "CEMAState"]
@@ -78,13 +78,7 @@ class CEMAConfig:
 
   def __post_init__(self):
     check_sizes(self, {"d_state": 1, "expand": 1})
-    check_choice("CEMAConfig", "init", self.init, ("mamba", "authors"))
-    check_choice(
-      "CEMAConfig",
-      "implementation",
-      self.implementation,
-      (None, "reference", "associative", "chunked"),
-    )
+    check_choices(self)
     check_exact("CEMAConfig", self.polarization)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "CEMA":

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax.models.layers import (
+  check_choices,
   check_mixer,
   check_sizes,
   clear_padding,
@@ -21,7 +22,7 @@ from ssmjax.models.token_shift import (
   token_shift,
   token_shift_step,
 )
-from ssmjax.types import Array, Float, Int, check_choice
+from ssmjax.types import Array, Float, Int
 
 __all__ = ["RWKVChannelMix", "RWKVChannelMixConfig", "RWKVChannelMixState"]
 
@@ -56,8 +57,7 @@ class RWKVChannelMixConfig:
 
   def __post_init__(self):
     check_sizes(self, {"width": 1})
-    choices = ("mamba", "authors")
-    check_choice("RWKVChannelMixConfig", "init", self.init, choices)
+    check_choices(self)
 
   def build(
     self, d_model: int, n_layers: int, rngs: nnx.Rngs

@@ -6,9 +6,8 @@ from typing import Any, Literal, Protocol
 import jax.numpy as jnp
 from flax import nnx
 
-from ssmjax.models.layers import check_sizes
+from ssmjax.models.layers import check_choices, check_sizes
 from ssmjax.models.mamba import MambaConfig
-from ssmjax.types import check_choice
 
 __all__ = ["ClassifierConfig", "MixerConfig", "ModelConfig"]
 
@@ -145,21 +144,13 @@ class ClassifierConfig:
         f"ClassifierConfig: vocab_size is {self.vocab_size} and n_features is"
         f" {self.n_features}, expected one of them: tokens or features."
       )
-    pools = ("mean", "last", "token")
-    check_choice("ClassifierConfig", "pooling", self.pooling, pools)
     _check_blocks(self)
 
 
 def _check_blocks(config):
   """Raise ValueError for what blocks cannot be built of."""
   name = type(config).__name__
-  for field, choices in {
-    "final_norm": ("rms", "layer"),
-    "block_norm": ("rms", "layer"),
-    "init": ("mamba", "authors"),
-    "mlp": ("gelu", "gelu_exact", "swiglu", "geglu"),
-  }.items():
-    check_choice(name, field, getattr(config, field), choices)
+  check_choices(config)
   check_sizes(config, {"d_model": 1, "n_layers": 1, "mlp_ratio": 0})
   check_sizes(config, {"max_positions": 1, "mlp_width": 1})
   if not config.mixers or config.n_layers % len(config.mixers):

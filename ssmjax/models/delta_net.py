@@ -14,6 +14,7 @@ from ssmjax import ops
 from ssmjax.models.layers import (
   RMSNorm,
   ShortConv,
+  check_choices,
   check_mixer,
   check_sizes,
   clear_padding,
@@ -22,7 +23,7 @@ from ssmjax.models.layers import (
   output_weight,
 )
 from ssmjax.models.mamba import check_dt_range, log_uniform_dt_bias
-from ssmjax.types import Array, Float, Int, check_choice
+from ssmjax.types import Array, Float, Int
 
 __all__ = [
   "DeltaNet",
@@ -98,9 +99,7 @@ class DeltaNetConfig:
         f"{function}: num_key_heads is {self.num_key_heads}, expected a"
         f" divisor of num_heads={self.num_heads}."
       )
-    check_choice(function, "feature_map", self.feature_map, ("silu", "elu"))
-    check_choice(function, "normalize", self.normalize, ("l2", "sum"))
-    check_choice(function, "init", self.init, ("mamba", "authors"))
+    check_choices(self)
     if self.normalize == "sum" and self.feature_map == "silu":
       raise ValueError(
         f"{function}: normalize is 'sum' with feature_map='silu', whose sum"

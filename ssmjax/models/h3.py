@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ssmjax.models.diagonal_system import SPECTRA, DiagonalSystem
+from ssmjax.models.diagonal_system import DiagonalSystem
 from ssmjax.models.layers import (
   ShortConv,
   check_mixer,
@@ -24,7 +24,6 @@ from ssmjax.types import (
   Inexact,
   Int,
   Polarization,
-  check_choice,
 )
 
 __all__ = ["H3", "H3Config", "H3State"]
@@ -79,12 +78,7 @@ class H3Config:
   implementation: Literal["reference", "associative", "chunked"] | None = None
 
   def __post_init__(self):
-    least = {"d_state": 1, "head_dim": 1, "d_conv": 1}
-    check_system(self, least, ("reference", "associative", "chunked"))
-    check_choice("H3Config", "spectrum", self.spectrum, SPECTRA)
-    check_choice(
-      "H3Config", "discretization", self.discretization, ("bilinear", "zoh")
-    )
+    check_system(self, {"d_state": 1, "head_dim": 1, "d_conv": 1})
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "H3":
     """Make the mixer for a model of this width and depth."""

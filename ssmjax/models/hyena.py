@@ -14,6 +14,7 @@ from ssmjax import ops
 from ssmjax.models.attention import token_positions
 from ssmjax.models.layers import (
   ShortConv,
+  check_choices,
   check_mixer,
   check_sizes,
   clear_padding,
@@ -22,7 +23,7 @@ from ssmjax.models.layers import (
   output_weight,
   torch_uniform,
 )
-from ssmjax.types import Array, Float, Int, check_choice
+from ssmjax.types import Array, Float, Int
 
 __all__ = ["Hyena", "HyenaConfig", "HyenaState"]
 
@@ -101,13 +102,7 @@ class HyenaConfig:
         f"HyenaConfig: decay_target is {self.decay_target}, expected a number"
         " between 0 and 1."
       )
-    check_choice("HyenaConfig", "init", self.init, ("mamba", "authors"))
-    check_choice(
-      "HyenaConfig",
-      "implementation",
-      self.implementation,
-      (None, "reference", "fft"),
-    )
+    check_choices(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "Hyena":
     """Make the mixer for a model of this width and depth."""

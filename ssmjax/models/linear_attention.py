@@ -24,7 +24,7 @@ from ssmjax.models.matrix_memory import (
   merge_heads,
 )
 from ssmjax.polarization import polarize_log
-from ssmjax.types import Polarization, check_choice
+from ssmjax.types import Polarization
 
 __all__ = [
   "LinearAttention",
@@ -80,8 +80,6 @@ class LinearAttentionConfig(MatrixMixerConfig):
     super().__post_init__()
     name = type(self).__name__
     check_sizes(self, {"num_features": 1, "feature_seed": 0})
-    maps = ("elu", "linear", "random", "exp_mlp")
-    check_choice(name, "feature_map", self.feature_map, maps)
     if not self.epsilon > 0:
       raise ValueError(
         f"{name}: epsilon is {self.epsilon}, expected a positive number:"
@@ -124,10 +122,6 @@ class RetNetConfig(MatrixMixerConfig):
   norm: Literal["group", "rms"] = "group"
   epsilon: float = 1e-6
   polarization: Polarization | None = None
-
-  def __post_init__(self):
-    super().__post_init__()
-    check_choice(type(self).__name__, "norm", self.norm, ("group", "rms"))
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "RetNet":
     """Make the mixer for a model of this width and depth."""

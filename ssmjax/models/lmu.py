@@ -12,6 +12,7 @@ from flax import nnx
 
 from ssmjax import ops
 from ssmjax.models.layers import (
+  check_choices,
   check_mixer,
   check_sizes,
   clear_padding,
@@ -20,7 +21,7 @@ from ssmjax.models.layers import (
   output_weight,
   torch_uniform,
 )
-from ssmjax.types import Array, Float, Int, check_choice
+from ssmjax.types import Array, Float, Int
 
 __all__ = ["LMU", "LMUConfig", "LMUState"]
 
@@ -70,11 +71,7 @@ class LMUConfig:
         f"LMUConfig: window is {self.window}, expected a number of tokens"
         " above 0."
       )
-    check_choice("LMUConfig", "measure", self.measure, ("legt", "legs"))
-    check_choice("LMUConfig", "activation", self.activation, ("relu", "gelu"))
-    check_choice("LMUConfig", "init", self.init, ("mamba", "authors"))
-    forms = (None, "reference", "chunked")
-    check_choice("LMUConfig", "implementation", self.implementation, forms)
+    check_choices(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "LMU":
     """Make the mixer for a model of this width and depth."""

@@ -12,6 +12,7 @@ from jax.lax import Precision
 from ssmjax import ops
 from ssmjax.models.layers import (
   ShortConv,
+  check_choices,
   check_exact,
   check_mixer,
   check_sizes,
@@ -29,7 +30,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_choice,
 )
 
 __all__ = ["Longhorn", "LonghornConfig", "LonghornState"]
@@ -83,7 +83,7 @@ class LonghornConfig:
   def __post_init__(self):
     names = ("d_state", "d_conv", "expand", "dt_rank")
     check_sizes(self, dict.fromkeys(names, 1))
-    check_choice("LonghornConfig", "init", self.init, ("mamba", "authors"))
+    check_choices(self)
     check_exact("LonghornConfig", self.polarization)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "Longhorn":

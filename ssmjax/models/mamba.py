@@ -10,7 +10,13 @@ from flax import nnx
 from jax.lax import Precision
 
 from ssmjax import ops
-from ssmjax.models.layers import dense, normal, torch_uniform
+from ssmjax.models.layers import (
+  check_choices,
+  check_sizes,
+  dense,
+  normal,
+  torch_uniform,
+)
 from ssmjax.polarization import selective_decay
 from ssmjax.types import (
   Array,
@@ -18,7 +24,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_choice,
   check_shapes,
 )
 
@@ -84,17 +89,15 @@ class MambaConfig:
   ) = None
 
   def __post_init__(self):
-    for name in ("d_state", "d_conv", "expand", "dt_rank"):
-      size = getattr(self, name)
-      if size is not None and size < 1:
-        raise ValueError(f"MambaConfig: {name} is {size}, expected 1 or more.")
+    names = ("d_state", "d_conv", "expand", "dt_rank")
+    check_sizes(self, dict.fromkeys(names, 1))
     check_dt_range(self)
     if self.norm_epsilon is not None and not self.norm_epsilon >= 0:
       raise ValueError(
         f"MambaConfig: norm_epsilon is {self.norm_epsilon}, expected None or a"
         " number, 0 or more."
       )
-    check_choice("MambaConfig", "init", self.init, ("mamba", "authors"))
+    check_choices(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "Mamba":
     """Make the mixer for a model of this width and depth."""

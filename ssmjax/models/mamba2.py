@@ -12,6 +12,7 @@ from flax import nnx
 from ssmjax import ops
 from ssmjax.models.layers import (
   ShortConv,
+  check_choices,
   check_exact,
   check_mixer,
   check_sizes,
@@ -28,7 +29,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_choice,
 )
 
 __all__ = ["Mamba2", "Mamba2Config", "Mamba2State"]
@@ -120,10 +120,7 @@ class Mamba2Config:
         f"Mamba2Config: norm_epsilon is {self.norm_epsilon}, expected more"
         " than 0."
       )
-    check_choice(
-      "Mamba2Config", "norm", self.norm, ("after_gate", "before_gate", "none")
-    )
-    check_choice("Mamba2Config", "init", self.init, ("mamba", "authors"))
+    check_choices(self)
     check_exact("Mamba2Config", self.polarization)
 
   @property

@@ -14,6 +14,7 @@ from flax import nnx
 from ssmjax import ops
 from ssmjax.models.attention import token_positions
 from ssmjax.models.layers import (
+  check_choices,
   check_exact,
   check_mixer,
   check_sizes,
@@ -22,7 +23,7 @@ from ssmjax.models.layers import (
   linear_weight,
   output_weight,
 )
-from ssmjax.types import Array, Float, Int, Recurrence, check_choice
+from ssmjax.types import Array, Float, Int, Recurrence
 
 __all__ = [
   "LinearAttentionState",
@@ -61,7 +62,7 @@ class MatrixMixerConfig:
   def __post_init__(self):
     name = type(self).__name__
     check_sizes(self, {"num_heads": 1})
-    check_choice(name, "init", self.init, ("mamba", "authors"))
+    check_choices(self)
     check_exact(name, getattr(self, "polarization", None))
 
 

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax import ops
-from ssmjax.models.layers import dense, normal, torch_uniform
+from ssmjax.models.layers import (
+  check_choices,
+  check_exact,
+  check_sizes,
+  dense,
+  normal,
+  torch_uniform,
+)
 from ssmjax.polarization import polarize
 from ssmjax.types import (
   Array,
@@ -17,7 +24,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_choice,
   check_segment_ids,
   check_shapes,
 )
@@ -63,22 +69,9 @@ class _MinRNNConfig:
   ) = None
 
   def __post_init__(self):
-    function = type(self).__name__
-    for name, least in (("expand", 1), ("d_conv", 0)):
-      if getattr(self, name) < least:
-        raise ValueError(
-          f"{function}: {name} is {getattr(self, name)}, expected {least} or"
-          " more."
-        )
-    if self.polarization and self.polarization.finite_zero is not None:
-      raise ValueError(
-        f"{function}: polarization.zero_decay is"
-        f" {self.polarization.zero_decay!r}, expected 'exact': the"
-        " compatibility modes are S6's."
-      )
-    candidates = ("positive", "linear")
-    check_choice(function, "candidate", self.candidate, candidates)
-    check_choice(function, "init", self.init, ("mamba", "authors"))
+    check_sizes(self, {"expand": 1, "d_conv": 0})
+    check_exact(type(self).__name__, self.polarization)
+    check_choices(self)
 
 
 @dataclasses.dataclass(frozen=True)

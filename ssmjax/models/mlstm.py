@@ -12,6 +12,7 @@ from jax.lax import Precision
 from ssmjax import ops
 from ssmjax.models.layers import (
   LayerNorm,
+  check_choices,
   check_exact,
   check_mixer,
   check_sizes,
@@ -30,7 +31,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_choice,
 )
 
 __all__ = ["MLSTM", "MLSTMConfig", "MLSTMState"]
@@ -91,8 +91,7 @@ class MLSTMConfig:
         " above 0, or None."
       )
     check_exact(name, self.polarization)
-    check_choice(name, "forget_gate", self.forget_gate, ("sigmoid", "exp"))
-    check_choice(name, "init", self.init, ("mamba", "authors"))
+    check_choices(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "MLSTM":
     """Make the mixer for a model of this width and depth."""

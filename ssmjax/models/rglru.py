@@ -10,7 +10,14 @@ from flax import nnx
 from jax.lax import Precision
 
 from ssmjax import ops
-from ssmjax.models.layers import dense, normal, torch_uniform
+from ssmjax.models.layers import (
+  check_choices,
+  check_exact,
+  check_sizes,
+  dense,
+  normal,
+  torch_uniform,
+)
 from ssmjax.ops.segments import segment_masks
 from ssmjax.polarization import polarize
 from ssmjax.types import (
@@ -20,7 +27,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_choice,
   check_segment_ids,
   check_shapes,
 )
@@ -82,22 +88,14 @@ class RGLRUConfig:
   ) = None
 
   def __post_init__(self):
-    for name in ("width", "num_blocks", "d_conv"):
-      size = getattr(self, name)
-      if size is not None and size < 1:
-        raise ValueError(f"RGLRUConfig: {name} is {size}, expected 1 or more.")
+    check_sizes(self, {"width": 1, "num_blocks": 1, "d_conv": 1})
     if not 0 < self.decay_min <= self.decay_max < 1:
       raise ValueError(
         f"RGLRUConfig: decay_min is {self.decay_min} and decay_max"
         f" {self.decay_max}, expected 0 < decay_min <= decay_max < 1."
       )
-    if self.polarization and self.polarization.finite_zero is not None:
-      raise ValueError(
-        "RGLRUConfig: polarization.zero_decay is"
-        f" {self.polarization.zero_decay!r}, expected 'exact': the"
-        " compatibility modes are S6's."
-      )
-    check_choice("RGLRUConfig", "init", self.init, ("mamba", "authors"))
+    check_exact("RGLRUConfig", self.polarization)
+    check_choices(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "RGLRU":
     """Make the mixer for a model of this width and depth."""

@@ -13,6 +13,7 @@ from jax.lax import Precision
 from ssmjax import ops
 from ssmjax.models.layers import (
   LayerNorm,
+  check_choices,
   check_exact,
   check_mixer,
   check_sizes,
@@ -35,7 +36,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_choice,
 )
 
 __all__ = ["RWKV5", "RWKV6", "RWKV5Config", "RWKV6Config", "RWKVState"]
@@ -75,7 +75,7 @@ class _RWKVConfig:
     name = type(self).__name__
     check_sizes(self, {"num_heads": 1, "width": 1})
     check_exact(name, self.polarization)
-    check_choice(name, "init", self.init, ("mamba", "authors"))
+    check_choices(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from jax import lax
 
 from ssmjax import ops
 from ssmjax.models.layers import (
+  check_choices,
   check_exact,
   check_mixer,
   check_sizes,
@@ -34,7 +35,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_choice,
 )
 
 __all__ = ["RWKV4", "RWKV4Config", "RWKV4State"]
@@ -84,7 +84,7 @@ class RWKV4Config:
   def __post_init__(self):
     check_sizes(self, {"width": 1})
     check_exact("RWKV4Config", self.polarization)
-    check_choice("RWKV4Config", "init", self.init, ("mamba", "authors"))
+    check_choices(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "RWKV4":
     """Make the mixer for a model of this width and depth."""

@@ -12,7 +12,7 @@ from jax import lax
 from ssmjax import ops
 from ssmjax.models.diagonal_system import complex_normal, log_uniform, whole
 from ssmjax.models.s4_block import S4Block, check_system
-from ssmjax.types import Array, Complex, Float, Int, check_choice
+from ssmjax.types import Array, Complex, Float, Int
 
 __all__ = ["S4", "S4Config"]
 
@@ -53,11 +53,7 @@ class S4Config:
   implementation: Literal["reference", "chunked", "convolution"] | None = None
 
   def __post_init__(self):
-    forms = ("reference", "chunked", "convolution")
-    check_system(self, {"d_state": 1}, forms)
-    check_choice(
-      "S4Config", "discretization", self.discretization, ("bilinear", "zoh")
-    )
+    check_system(self, {"d_state": 1})
     if self.implementation == "convolution" and self.discretization == "zoh":
       raise ValueError(
         "S4Config: implementation is 'convolution' with discretization 'zoh',"

@@ -1,6 +1,6 @@
 """The block around a time-invariant system, for S4, S4D and DSS alike."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from flax import nnx
 
 from ssmjax.models.gelu import gelu
 from ssmjax.models.layers import (
+  check_choices,
   check_exact,
   check_mixer,
   check_sizes,
@@ -17,7 +18,7 @@ from ssmjax.models.layers import (
   output_weight,
   torch_uniform,
 )
-from ssmjax.types import Array, Float, Inexact, Int, check_choice
+from ssmjax.types import Array, Float, Inexact, Int
 
 __all__ = ["S4Block", "S4State", "check_system"]
 
@@ -121,11 +122,7 @@ def write(
   return jax.nn.glu(out) if gated else out
 
 
-def check_system(
-  config: Any,
-  least: dict[str, int],
-  implementations: tuple[Literal[str], ...],
-) -> None:
+def check_system(config: Any, least: dict[str, int]) -> None:
   """Raise ValueError for a field of a time-invariant layer's configuration."""
   name = type(config).__name__
   check_sizes(config, least)
@@ -135,7 +132,4 @@ def check_system(
       " expected 0 < dt_min <= dt_max."
     )
   check_exact(name, getattr(config, "polarization", None))
-  check_choice(name, "init", config.init, ("mamba", "authors"))
-  check_choice(
-    name, "implementation", config.implementation, (None, *implementations)
-  )
+  check_choices(config)

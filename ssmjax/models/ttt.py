@@ -12,6 +12,7 @@ from ssmjax import ops
 from ssmjax.models.layers import (
   LayerNorm,
   ShortConv,
+  check_choices,
   check_mixer,
   check_sizes,
   clear_padding,
@@ -21,7 +22,7 @@ from ssmjax.models.layers import (
   output_weight,
   rotate_pairs,
 )
-from ssmjax.types import Array, Float, Int, check_choice
+from ssmjax.types import Array, Float, Int
 
 __all__ = ["TTTLinear", "TTTLinearConfig", "TTTLinearState"]
 
@@ -83,7 +84,7 @@ class TTTLinearConfig:
           f"TTTLinearConfig: {name} is {getattr(self, name)}, expected more"
           " than 0."
         )
-    check_choice("TTTLinearConfig", "init", self.init, ("mamba", "authors"))
+    check_choices(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "TTTLinear":
     """Make the mixer for a model of this width and depth."""
