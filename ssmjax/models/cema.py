@@ -12,6 +12,7 @@ from flax import nnx
 from ssmjax import ops
 from ssmjax.models.layers import (
   RMSNorm,
+  affine,
   check_choices,
   check_exact,
   check_mixer,
@@ -146,18 +147,17 @@ class CEMA(nnx.Module):
     out = functools.partial(output_weight, init=config.init, n_layers=n_layers)
 
     def bias(key, size):
-      if own:
-        return nnx.Param(torch_uniform(key, (size,), d_model))
-      return nnx.Param(jnp.zeros((size,), jnp.float32))
+      zeros = jnp.zeros((size,), jnp.float32)
+      return torch_uniform(key, (size,), d_model) if own else zeros
 
     self.out_proj = nnx.Param(out(keys[5], d_model, d_model))
-    self.out_bias = bias(keys[6], d_model)
+    self.out_bias = nnx.Param(bias(keys[6], d_model))
     if config.gate:
       inner = config.expand * d_model
       self.value_proj = nnx.Param(weight(keys[7], d_model, inner))
-      self.value_bias = bias(keys[8], inner)
+      self.value_bias = nnx.Param(bias(keys[8], inner))
       self.gate_proj = nnx.Param(weight(keys[9], d_model, inner))
-      self.gate_bias = bias(keys[10], inner)
+      self.gate_bias = nnx.Param(bias(keys[10], inner))
       self.gated_proj = nnx.Param(out(keys[11], inner, d_model))
 
   def __call__(
@@ -262,12 +262,12 @@ class CEMA(nnx.Module):
 def _after(model, x, u):
   """The output from the input x and the moving average u."""
   m = model.norm(u)
-  y = dense(m, model.out_proj[...]).astype(jnp.float32) + model.out_bias[...]
+  wide = functools.partial(affine, dtype=jnp.float32)
+  y = wide(m, model.out_proj[...], model.out_bias[...])
   if not model.config.gate:
     return y
-  silu = lambda z, bias: jax.nn.silu(z.astype(jnp.float32) + bias[...])
-  v = silu(dense(x, model.value_proj[...]), model.value_bias)
-  r = silu(dense(m, model.gate_proj[...]), model.gate_bias)
+  v = jax.nn.silu(wide(x, model.value_proj[...], model.value_bias[...]))
+  r = jax.nn.silu(wide(m, model.gate_proj[...], model.gate_bias[...]))
   gated = dense((v * r).astype(x.dtype), model.gated_proj[...])
   return y + gated.astype(jnp.float32)
 

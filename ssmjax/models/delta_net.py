@@ -14,6 +14,7 @@ from ssmjax import ops
 from ssmjax.models.layers import (
   RMSNorm,
   ShortConv,
+  affine,
   check_choices,
   check_mixer,
   check_sizes,
@@ -329,7 +330,10 @@ class DeltaNet(nnx.Module):
 
   def _rates(self, x):
     """β and the logarithm of the decay, float32."""
-    beta = jax.nn.sigmoid(_exact(x, self.beta_proj[...]))
+    logit = dense(
+      x.astype(jnp.float32), self.beta_proj[...], precision=Precision.HIGHEST
+    )
+    beta = jax.nn.sigmoid(logit)
     return 2 * beta if self.config.allow_negative else beta, None
 
   def _output(self, y, z):
@@ -378,10 +382,8 @@ class GatedDeltaNet(DeltaNet):
 
   def _rates(self, x):
     beta, _ = super()._rates(x)
-    dt = _exact(x, self.decay_proj[...]) + self.dt_bias[...]
+    dt = affine(
+      x.astype(jnp.float32), self.decay_proj[...], self.dt_bias[...],
+      precision=Precision.HIGHEST,
+    )  # fmt: skip
     return beta, -jnp.exp(self.A_log[...]) * jax.nn.softplus(dt)
-
-
-def _exact(x, weight):
-  """x @ weight in float32, whatever the dtype of activations."""
-  return dense(x.astype(jnp.float32), weight, precision=Precision.HIGHEST)

@@ -1,7 +1,6 @@
 """GLA and HGRN2: memories with a learned decay for every key channel."""
 
 import dataclasses
-import functools
 import math
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ from jax.lax import Precision
 
 from ssmjax.models.layers import (
   RMSNorm,
+  affine,
   check_sizes,
   dense,
   linear_weight,
@@ -156,9 +156,9 @@ class GLA(MatrixMixer):
   def _maps(self, x, parts, position):
     del position
     q, k, v, gate = parts
-    exact = functools.partial(dense, precision=Precision.HIGHEST)
-    low = exact(x, self.gate_down[...]).astype(jnp.float32)
-    logit = exact(low, self.gate_up[...]) + self.gate_bias[...]
+    exact = Precision.HIGHEST
+    low = dense(x, self.gate_down[...], precision=exact).astype(jnp.float32)
+    logit = affine(low, self.gate_up[...], self.gate_bias[...], precision=exact)
     log_a = jax.nn.log_sigmoid(logit) / self.config.gate_temperature
     log_a = log_a.reshape(*log_a.shape[:-1], self._heads(), -1)
     if self.config.polarization is not None:

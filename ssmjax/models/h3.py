@@ -10,9 +10,9 @@ from flax import nnx
 from ssmjax.models.diagonal_system import DiagonalSystem
 from ssmjax.models.layers import (
   ShortConv,
+  affine,
   check_mixer,
   clear_padding,
-  dense,
   linear_weight,
   output_weight,
   torch_uniform,
@@ -235,8 +235,8 @@ class H3(nnx.Module):
 
   def _split(self, x):
     x = x.astype(self.config.dtype)
-    y = dense(x, self.in_proj[...]).astype(jnp.float32) + self.in_bias[...]
-    return jnp.split(y.astype(x.dtype), 3, -1)
+    y = affine(x, self.in_proj[...], self.in_bias[...])
+    return jnp.split(y, 3, -1)
 
   def _heads(self, x):
     return x.reshape(*x.shape[:-1], -1, self.config.head_dim)
@@ -255,8 +255,7 @@ class H3(nnx.Module):
   def _write(self, q, y, dtype):
     o = (self._heads(q)[..., None].astype(jnp.float32) * y).sum(-2)
     o = o.reshape(q.shape).astype(q.dtype)
-    y = dense(o, self.out_proj[...]).astype(jnp.float32) + self.out_bias[...]
-    return y.astype(dtype)
+    return affine(o, self.out_proj[...], self.out_bias[...], dtype=dtype)
 
 
 def _fold(x, trailing=0):

@@ -14,11 +14,11 @@ from ssmjax import ops
 from ssmjax.models.attention import token_positions
 from ssmjax.models.layers import (
   ShortConv,
+  affine,
   check_choices,
   check_mixer,
   check_sizes,
   clear_padding,
-  dense,
   linear_weight,
   output_weight,
   torch_uniform,
@@ -152,14 +152,13 @@ class Hyena(nnx.Module):
     own = config.init == "mamba"
 
     def bias(key, size):
-      if own:
-        return nnx.Param(torch_uniform(key, (size,), d_model))
-      return nnx.Param(jnp.zeros((size,), jnp.float32))
+      zeros = jnp.zeros((size,), jnp.float32)
+      return torch_uniform(key, (size,), d_model) if own else zeros
 
     self.in_proj = nnx.Param(
       linear_weight(keys[0], d_model, inner, config.init)
     )
-    self.in_bias = bias(keys[1], inner)
+    self.in_bias = nnx.Param(bias(keys[1], inner))
     self.conv = ShortConv(inner, config.d_conv, keys[2])
     features, width = 2 * config.filter_bands + 1, config.filter_width
     draw = lambda key, shape, fan_in: nnx.Param(
@@ -181,7 +180,7 @@ class Hyena(nnx.Module):
     self.out_proj = nnx.Param(
       output_weight(keys[9], d_model, d_model, config.init, n_layers)
     )
-    self.out_bias = bias(keys[10], d_model)
+    self.out_bias = nnx.Param(bias(keys[10], d_model))
 
   def __call__(
     self,
@@ -315,8 +314,7 @@ class Hyena(nnx.Module):
 
   def _project(self, x):
     x = x.astype(self.config.dtype)
-    y = dense(x, self.in_proj[...]).astype(jnp.float32) + self.in_bias[...]
-    return y.astype(x.dtype)
+    return affine(x, self.in_proj[...], self.in_bias[...])
 
   def _convolve(self, u, past, room, run):
     """The operator after the short convolution, by `run` in time."""
@@ -327,8 +325,10 @@ class Hyena(nnx.Module):
       before = None if past is None else past[:, i]
       v, after = run(v * gate, kernels[i], self.D[i], before)
       windows.append(after)
-    y = dense(v * first, self.out_proj[...]).astype(jnp.float32)
-    return y + self.out_bias[...], jnp.stack(windows, 1)
+    y = affine(
+      v * first, self.out_proj[...], self.out_bias[...], dtype=jnp.float32
+    )
+    return y, jnp.stack(windows, 1)
 
 
 def _over_time(segment_ids, config):

@@ -253,12 +253,13 @@ def affine(
   bias: Float[Array, " K"] | None,
   *,
   dtype: Any = None,
+  precision: Precision | None = None,
 ) -> Float[Array, "... K"]:
   """x @ weight + bias; the bias is added, and its gradient summed, in float32.
 
-  `dtype` is that of the result; None for x's.
+  `dtype` is that of the result; None for x's. For `precision` see `dense`.
   """
-  y = dense(x, weight)
+  y = dense(x, weight, precision=precision)
   if bias is not None:
     # Wide, so that the bias's gradient is summed there.
     y = y.astype(jnp.float32) + bias

@@ -12,6 +12,7 @@ from flax import nnx
 
 from ssmjax import ops
 from ssmjax.models.layers import (
+  affine,
   check_choices,
   check_mixer,
   check_sizes,
@@ -207,13 +208,16 @@ class LMU(nnx.Module):
   def _encode(self, x, segment_ids):
     """x at the dtype of activations and u in float32."""
     wide = clear_padding(x, segment_ids).astype(self.config.dtype)
-    u = dense(wide, self.in_proj[...]).astype(jnp.float32) + self.in_bias[...]
+    u = affine(wide, self.in_proj[...], self.in_bias[...], dtype=jnp.float32)
     return wide, self._activate(u)
 
   def _read(self, m, x):
     m = m.reshape(*x.shape[:-1], -1).astype(x.dtype)
-    y = dense(jnp.concatenate([m, x], -1), self.read_proj[...])
-    y = self._activate(y.astype(jnp.float32) + self.read_bias[...])
+    y = affine(
+      jnp.concatenate([m, x], -1), self.read_proj[...], self.read_bias[...],
+      dtype=jnp.float32,
+    )  # fmt: skip
+    y = self._activate(y)
     return dense(y.astype(x.dtype), self.out_proj[...])
 
   def _activate(self, x):

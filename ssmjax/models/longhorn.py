@@ -12,6 +12,7 @@ from jax.lax import Precision
 from ssmjax import ops
 from ssmjax.models.layers import (
   ShortConv,
+  affine,
   check_choices,
   check_exact,
   check_mixer,
@@ -227,8 +228,11 @@ class Longhorn(nnx.Module):
     rank = self.beta_proj.shape[0]
     x = dense(u, self.x_proj[...])
     delta, k, q = jnp.split(x, [rank, (rank + x.shape[-1]) // 2], -1)
-    beta = dense(delta, self.beta_proj[...], precision=Precision.HIGHEST)
-    beta = jax.nn.sigmoid(beta.astype(jnp.float32) + self.beta_bias[...])
+    beta = affine(
+      delta, self.beta_proj[...], self.beta_bias[...], dtype=jnp.float32,
+      precision=Precision.HIGHEST,
+    )  # fmt: skip
+    beta = jax.nn.sigmoid(beta)
     k, q = k.astype(jnp.float32), q.astype(jnp.float32)
     square = jnp.sum(jnp.square(k), -1, keepdims=True)
     return u, beta / (1 + beta * square), k, q

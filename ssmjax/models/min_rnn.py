@@ -10,6 +10,7 @@ from flax import nnx
 
 from ssmjax import ops
 from ssmjax.models.layers import (
+  affine,
   check_choices,
   check_exact,
   check_sizes,
@@ -270,7 +271,7 @@ class _MinRNN(nnx.Module):
 
   def _eq1(self, x):
     """a, dt and b in float32, from `[..., M]`."""
-    y = dense(x, self.in_proj[...]).astype(jnp.float32) + self.in_bias[...]
+    y = affine(x, self.in_proj[...], self.in_bias[...], dtype=jnp.float32)
     *gates, candidate = jnp.split(y, self._gates + 1, -1)
     logit = self._logit(*gates)
     a, dt = jax.nn.sigmoid(-logit), jax.nn.sigmoid(logit)

@@ -12,6 +12,7 @@ from jax.lax import Precision
 from ssmjax import ops
 from ssmjax.models.layers import (
   LayerNorm,
+  affine,
   check_choices,
   check_exact,
   check_mixer,
@@ -271,10 +272,10 @@ class MLSTM(nnx.Module):
       for proj in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
     )
     # Few and decisive, so in float32 throughout.
-    gates = dense(
-      x.astype(jnp.float32), self.gate_proj[...], precision=Precision.HIGHEST
-    )
-    gates = gates + self.gate_bias[...]
+    gates = affine(
+      x.astype(jnp.float32), self.gate_proj[...], self.gate_bias[...],
+      precision=Precision.HIGHEST,
+    )  # fmt: skip
     cap = self.config.gate_soft_cap
     if cap is not None:
       gates = cap * jnp.tanh(gates / cap)

@@ -11,10 +11,10 @@ from jax.lax import Precision
 
 from ssmjax import ops
 from ssmjax.models.layers import (
+  affine,
   check_choices,
   check_exact,
   check_sizes,
-  dense,
   normal,
   torch_uniform,
 )
@@ -295,8 +295,8 @@ class RGLRU(nnx.Module):
 
   def _split_input(self, x):
     x = x.astype(self.config.dtype)
-    y = _add_bias(dense(x, self.in_proj[...]), self.in_bias[...])
-    u, z = jnp.split(y.astype(x.dtype), 2, -1)
+    y = affine(x, self.in_proj[...], self.in_bias[...])
+    u, z = jnp.split(y, 2, -1)
     return u, z
 
   def _eq1(self, u, start):
@@ -352,12 +352,7 @@ def _input_scale(rate):
 
 def _project(h, z, out_proj, out_bias):
   y = h * jax.nn.gelu(z.astype(jnp.float32))
-  return _add_bias(dense(y.astype(z.dtype), out_proj), out_bias)
-
-
-def _add_bias(y, bias):
-  """In float32, so that the bias's gradient is summed there."""
-  return y.astype(jnp.float32) + bias
+  return affine(y.astype(z.dtype), out_proj, out_bias, dtype=jnp.float32)
 
 
 def _readout(z, out_proj, out_bias, like, h, t):

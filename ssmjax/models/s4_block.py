@@ -8,12 +8,12 @@ from flax import nnx
 
 from ssmjax.models.gelu import gelu
 from ssmjax.models.layers import (
+  affine,
   check_choices,
   check_exact,
   check_mixer,
   check_sizes,
   clear_padding,
-  dense,
   linear_weight,
   output_weight,
   torch_uniform,
@@ -117,8 +117,7 @@ def write(
   """What a block gives for the system's output: K is M, or 2M with a gate."""
   gated = out_proj.shape[1] != out_proj.shape[0]
   hidden = gelu(y.astype(jnp.float32))
-  # The bias in float32, so that its gradient is summed there.
-  out = dense(hidden.astype(y.dtype), out_proj).astype(jnp.float32) + out_bias
+  out = affine(hidden.astype(y.dtype), out_proj, out_bias, dtype=jnp.float32)
   return jax.nn.glu(out) if gated else out
 
 

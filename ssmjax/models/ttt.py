@@ -12,6 +12,7 @@ from ssmjax import ops
 from ssmjax.models.layers import (
   LayerNorm,
   ShortConv,
+  affine,
   check_choices,
   check_mixer,
   check_sizes,
@@ -267,10 +268,11 @@ class TTTLinear(nnx.Module):
     return q, k, v
 
   def _rate(self, x):
-    rate = dense(
-      x.astype(jnp.float32), self.rate_proj[...], precision=Precision.HIGHEST
-    )
-    rate = jax.nn.sigmoid(rate + self.rate_bias[...])
+    rate = affine(
+      x.astype(jnp.float32), self.rate_proj[...], self.rate_bias[...],
+      precision=Precision.HIGHEST,
+    )  # fmt: skip
+    rate = jax.nn.sigmoid(rate)
     return (
       self.config.base_rate * rate / (self.d_model // self.config.num_heads)
     )
