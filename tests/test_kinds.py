@@ -8,6 +8,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import pytest
+from checks import assert_close
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
@@ -108,6 +109,19 @@ def test_weight_decay_pulls_on_projections_alone(kind):
     if mark
   }
   assert all(map(_PULLED.fullmatch, pulled)), pulled
+
+
+@pytest.mark.parametrize("kind", ["cema", "h3", "hyena", "rglru", "s4d"])
+def test_kind_writes_less_to_the_residual_of_a_deeper_model(kind):
+  config = MIXERS[kind]()
+
+  def written(depth):
+    mixer = config.build(8, depth, nnx.Rngs(0))
+    # Behind them may be a gate's half, which writes nothing by itself.
+    return mixer.out_proj[..., :8], mixer.out_bias[..., :8]
+
+  one, four = jax.jit(lambda: (written(1), written(4)))()
+  assert_close(four, jax.tree.map(lambda v: v / 2, one))
 
 
 def products(jaxpr):

@@ -151,7 +151,7 @@ class CEMA(nnx.Module):
       return torch_uniform(key, (size,), d_model) if own else zeros
 
     self.out_proj = nnx.Param(out(keys[5], d_model, d_model))
-    self.out_bias = nnx.Param(bias(keys[6], d_model))
+    self.out_bias = nnx.Param(bias(keys[6], d_model) / n_layers**0.5)
     if config.gate:
       inner = config.expand * d_model
       self.value_proj = nnx.Param(weight(keys[7], d_model, inner))

@@ -180,7 +180,7 @@ class Hyena(nnx.Module):
     self.out_proj = nnx.Param(
       output_weight(keys[9], d_model, d_model, config.init, n_layers)
     )
-    self.out_bias = nnx.Param(bias(keys[10], d_model))
+    self.out_bias = nnx.Param(bias(keys[10], d_model) / n_layers**0.5)
 
   def __call__(
     self,
