@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -263,7 +263,7 @@ class Attention(nnx.Module):
     zeros = jnp.zeros(shape, self.config.dtype)
     return AttentionState(zeros, zeros, jnp.zeros((batch_size,), jnp.int32))
 
-  def recurrence(self, x: Float[Array, "B T M"]):
+  def recurrence(self, x: Float[Array, "B T M"]) -> NoReturn:
     """Raise: attention has no diagonal recurrence."""
     raise NotImplementedError(
       "Attention: softmax attention keeps every key and value, so it has no"

@@ -1,7 +1,7 @@
 """RWKV's channel mix: an MLP that sees the token before, too."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -157,8 +157,8 @@ class RWKVChannelMix(nnx.Module):
       jnp.zeros((batch_size, self.d_model), jnp.float32)
     )
 
-  def recurrence(self, x: Float[Array, "B T M"]):
-    """There is none: raises NotImplementedError."""
+  def recurrence(self, x: Float[Array, "B T M"]) -> NoReturn:
+    """Raise: there is no recurrent state."""
     raise NotImplementedError(
       "RWKVChannelMix.recurrence: it has no diagonal Eq. 1: it is an MLP of"
       " the present and the previous token, without a recurrent state."

@@ -163,7 +163,12 @@ class _DPLRSystem(nnx.Module):
     state: Complex[Array, "B D N"],
     segment_ids: Int[Array, " B"] | None,
   ) -> tuple[Float[Array, "B D"], Complex[Array, "B D N"]]:
-    """Run one token; the bilinear rule in O(N)."""
+    """Run one token, by the bilinear rule in O(N).
+
+    By zero-order hold it is O(N²) and a matrix exponential besides, O(N³),
+    which XLA takes out of a loop over tokens that is compiled as one (64
+    channels, N = 32, on a CPU: 0.95 ms a token, alone 140 ms).
+    """
     wide = x.astype(jnp.float32)
     if self.discretization == "zoh":
       y, new = ops.lti_matrix_step(

@@ -93,7 +93,7 @@ class S4Block(nnx.Module):
     state: S4State,
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], S4State]:
-    """Mix one token, in O(1): y `[B, M]` and the new state."""
+    """Mix one token, at any length of the past: y `[B, M]`, the new state."""
     name = f"{type(self).__name__}.step"
     check_mixer(name, x, segment_ids, self.d_model, "B")
     u = clear_padding(x, segment_ids).astype(self.config.dtype)
