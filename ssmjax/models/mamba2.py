@@ -146,8 +146,11 @@ class Mamba2(nnx.Module):
 
   Polarization holds the decay of some heads at 1 (they sum Δ x Bᵀ for ever)
   and of others at 0 (they gate the present token). A head that is added has
-  x, z, Δ, D and a place in W_out of its own, and shares B, C and the norm with
-  its group.
+  x, z, Δ, D and a place in W_out of its own, and shares B and C with its group.
+  Groups divide all heads in their order, so that with G > 1 added heads move
+  the borders between them. The norm's mean square is that of all heads of a
+  group, polarized ones included: where a one-head's sum grows, what the others
+  of its group write becomes smaller.
 
   Source: Dao & Gu 2024 (arXiv 2405.21060), §7; Wang et al. 2025 (arXiv
   2501.00658), §4.3.
