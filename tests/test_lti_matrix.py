@@ -123,6 +123,21 @@ def test_nan_in_padding_reaches_neither_outputs_nor_gradients():
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
+def test_what_is_not_finite_stays_in_its_document():
+  args, _ = make((1, 150, 2, 3, 2))
+  ids = np.repeat([1, 2, 3], [20, 80, 50])[None].astype(np.int32)
+  run = quick(lambda x: lti_matrix_scan(**args | {"x": x}, segment_ids=ids))
+  sick = args["x"].copy()
+  sick[0, 40] = np.inf
+  y, final = run(sick)
+  expected, expected_final = run(args["x"])
+  good = (np.arange(150) < 40) | (ids[0] != 2)
+  assert not np.isfinite(y[0, ~good]).any()
+  assert_close((y[0, good], final), (expected[0, good], expected_final))
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("strict")
 def test_rows_on_a_mesh_have_the_gradient_of_the_whole():
   args, ids = make((2, 70, 2, 3, 2), ids=True)
   mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))

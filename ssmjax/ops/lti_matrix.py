@@ -55,6 +55,9 @@ def lti_matrix_scan(
     c: R output weights, `[D, R, N]`; the identity for the states themselves.
     initial_state: h₀, `[B, D, N]`; zeros if None.
     segment_ids: `[B, T]` int, 1-based, 0 for padding: see `selective_scan`.
+      What is not finite goes to later tokens of its document only; gradients
+      of a, b and c are not finite then. (Without ids `"chunked"` may make NaN
+      of up to 63 tokens before it, too.)
     implementation: `None` and `"chunked"` are differentiable to any order, as
       is `"reference"`.
 

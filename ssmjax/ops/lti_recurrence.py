@@ -64,6 +64,9 @@ def lti_scan(
     D: weight of xₜ itself, `[D]`.
     initial_state: h₀, `[B, D, N]`; zeros if None.
     segment_ids: `[B, T]` int, 1-based, 0 for padding: see `selective_scan`.
+      What is not finite goes to later tokens of its document only; gradients
+      of a, b and c are not finite then. (Without ids `"chunked"` may make NaN
+      of up to 63 tokens before it, too.)
     implementation: `None` and `"chunked"` are differentiable once;
       `"associative"` (all states in memory) and `"reference"` to any order.
 
