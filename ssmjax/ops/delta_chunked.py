@@ -15,7 +15,7 @@ for S, which goes from one to the next. Kept for backward: S at their starts.
 
 A matrix product multiplies what its other factor masks, and 0 · inf is NaN. So
 that a document which is not finite, or whose state is not, reaches no other,
-its tokens are taken out (`_clean`) and its results are set to NaN.
+its tokens are taken out and its results are set to NaN, see `quarantine`.
 """
 
 import jax
@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from ssmjax.ops.chunk_decay import halvings, headwise_decay
+from ssmjax.ops.quarantine import after, before, take_out
 from ssmjax.ops.varying import match_varying
 
 __all__ = ["delta_rule_chunked"]
@@ -143,7 +144,7 @@ def _piece(state, xs):
   tokens, sick = _clean(tokens, valid)
   f = _factors(tokens, parts, state.dtype)
   w, u = _solved(f, _inverses(f["system"]))
-  spoiled = _after(sick, parts)
+  spoiled = after(sick, parts["start"], 3)
 
   def chunk(state, xs):
     total, k_up, w, u, stays, ends_sick = xs
@@ -174,11 +175,12 @@ def _piece_back(dstate, xs):
   w, u = _solved(f, inverses)
   states, lost = _finite(states)
   u = u - _dot("tk,kp->tp", w, states)
-  spoiled = _after(sick, parts) | (lost[..., None] & parts["sees"])
+  spoiled = after(sick, parts["start"], 3)
+  spoiled |= lost[..., None] & parts["sees"]
   dy = _valid_only(dy, valid).astype(dstate.dtype)
   spoiled |= ~jnp.isfinite(dy).all(-1)
   dy = jnp.where(spoiled[..., None], 0, dy)
-  spoiled = _before(spoiled, parts)
+  spoiled = before(spoiled, parts["end"], 3)
   du = _dot("ti,tp->ip", f["p"], dy)
   own = _dot("tk,tp->kp", f["q_down"], dy)
 
@@ -336,27 +338,13 @@ def _clean(tokens, valid):
     name: None if x is None else _valid_only(x, valid)
     for name, x in tokens.items()
   }
-  sick = ~jnp.isfinite(tokens["beta"])
-  for name in "qkv":
-    sick |= ~jnp.isfinite(tokens[name]).all(-1)
-  if tokens["log_a"] is not None:
-    sick |= ~(tokens["log_a"] < jnp.inf)
-  take_out = lambda x: jnp.where(_like(sick, x), 0, x)
-  return jax.tree.map(take_out, tokens), sick
-
-
-def _after(sick, parts):
-  """Whether a sick token is in the token's part, not after it."""
-  time = lax.broadcasted_iota(jnp.int32, sick.shape, 3)
-  return lax.cummax(jnp.where(sick, time, -1), axis=3) >= parts["start"]
-
-
-def _before(sick, parts):
-  """Whether a sick token is in the token's part, not before it."""
-  size = sick.shape[3]
-  time = lax.broadcasted_iota(jnp.int32, sick.shape, 3)
-  first = lax.cummin(jnp.where(sick, time, size), axis=3, reverse=True)
-  return first <= parts["end"]
+  sick = jnp.zeros_like(tokens["beta"], bool)
+  for name, x in tokens.items():
+    if x is not None:
+      wide = x if x.ndim > sick.ndim else x[..., None]
+      wide, ill = take_out(wide, decay=name == "log_a")
+      tokens[name], sick = wide.reshape(x.shape), sick | ill
+  return tokens, sick
 
 
 def _finite(state):

@@ -10,9 +10,9 @@ would have carried them.
 import jax.numpy as jnp
 from jax import lax
 
-from ssmjax.types import Array, Bool
+from ssmjax.types import Array, Bool, Int
 
-__all__ = ["document_of", "reached", "take_out"]
+__all__ = ["after", "before", "document_of", "reached", "take_out"]
 
 
 def take_out(x, *, decay: bool = False):
@@ -32,17 +32,31 @@ def reached(
 ) -> Bool[Array, "B T H"]:
   """The sick tokens and those after them in the same document."""
   time = jnp.arange(sick.shape[1], dtype=jnp.int32)[None, :, None]
-  since = lax.cummax(jnp.where(restart[..., None], time, 0), axis=1)
-  last = lax.cummax(jnp.where(sick, time, -1), axis=1)
-  return last >= since
+  start = lax.cummax(jnp.where(restart[..., None], time, 0), axis=1)
+  return after(sick, start, 1)
 
 
 def document_of(
   sick: Bool[Array, "B T H"], restart: Bool[Array, "B T"]
 ) -> Bool[Array, "B T H"]:
   """All tokens of the documents that have a sick one."""
-  # Backwards, a document begins where the next one restarts.
-  ends = jnp.pad(restart[:, 1:], ((0, 0), (0, 1)))
-  flip = lambda x: jnp.flip(x, 1)
-  before = flip(reached(flip(sick), flip(ends)))
-  return before | reached(sick, restart)
+  size = sick.shape[1]
+  time = jnp.arange(size, dtype=jnp.int32)[None, :, None]
+  # A document ends where the next one restarts.
+  ends = jnp.pad(restart[:, 1:], ((0, 0), (0, 1)))[..., None]
+  end = lax.cummin(jnp.where(ends, time, size - 1), axis=1, reverse=True)
+  return before(sick, end, 1) | reached(sick, restart)
+
+
+def after(sick: Bool[Array, "..."], start: Int[Array, "..."], axis: int):
+  """Whether a token, of a part from index `start` on, is sick or after one."""
+  time = lax.broadcasted_iota(jnp.int32, sick.shape, axis)
+  return lax.cummax(jnp.where(sick, time, -1), axis=axis) >= start
+
+
+def before(sick: Bool[Array, "..."], end: Int[Array, "..."], axis: int):
+  """Whether a token, of a part up to index `end`, is sick or before one."""
+  size = sick.shape[axis]
+  time = lax.broadcasted_iota(jnp.int32, sick.shape, axis)
+  first = lax.cummin(jnp.where(sick, time, size), axis=axis, reverse=True)
+  return first <= end
