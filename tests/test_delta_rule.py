@@ -222,6 +222,18 @@ def test_decay_one_is_no_decay_and_decay_zero_no_memory():
 
 
 @pytest.mark.usefixtures("strict")
+def test_what_a_decay_just_below_one_leaves_after_long_keeps_its_digits():
+  # As in linear attention, where the test says what would be off.
+  length, log_a = 8192, np.float32(-1.8279e-4)
+  x = jnp.zeros((1, length, 1, 1)).at[0, 0].set(1)
+  rate = jnp.ones((1, length, 1))
+  y, state = quick(delta_rule)(jnp.ones_like(x), x, x, rate, log_a * rate)
+  lag = np.arange(length)[None, :, None, None]
+  expected = np.exp(np.float64(log_a) * lag)
+  assert_close((y, state), (expected, expected[:, -1:]), "float32")
+
+
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_not_finite_reaches_no_earlier_token(form):
   args = cast(make((1, 37, 2, 8, 5)), "float32")

@@ -194,6 +194,20 @@ def test_gradient_of_the_decay_keeps_its_digits_beside_strong_decays():
 
 
 @pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("by_key", [True, False])
+def test_what_a_decay_just_below_one_leaves_after_long_keeps_its_digits(by_key):
+  # The float32 nearest to this decay is off by 9e-8, so that a loop that
+  # multiplies it 8191 times is by 2e-4.
+  length, log_a = 8192, np.float32(-1.8279e-4)
+  x = jnp.zeros((1, length, 1, 1)).at[0, 0].set(1)
+  log_a = jnp.full((1, length, 1) + (1,) * by_key, log_a)
+  y, state = quick(gated_linear_attention)(jnp.ones_like(x), x, x, log_a)
+  lag = np.arange(length)[None, :, None, None]
+  expected = np.exp(np.float64(log_a[0, 0].item()) * lag)
+  assert_close((y, state), (expected, expected[:, -1:]), "float32")
+
+
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("decay", ["key and token", "token"])
 def test_decay_one_is_the_exact_sum_and_decay_zero_the_last_token(decay):
   rng = np.random.default_rng(0)

@@ -7,6 +7,11 @@ its digits next to a strong one. So a chunk is halved again and again: between
 the halves of a block, the way from j to i is the way from j to the end of the
 first half and from there to i. Both are products of numbers of at most 1, and
 the two factors go into a matrix product where decays differ by key channel.
+
+A product of rounded decays is off by half a unit in the last place for each of
+them, which within a chunk is little. From chunk to chunk it would add up: what
+a decay just below 1 leaves after thousands of tokens is the product of the
+chunks' own decays, and those are exponentials of sums.
 """
 
 import jax.numpy as jnp
@@ -19,14 +24,14 @@ __all__ = ["halvings", "headwise_decay", "keywise_scores"]
 _BASE = 16
 
 
-def halvings(decay, *, before):
+def halvings(log_a, *, before):
   """(levels, into, out, total) of `[..., c, K]`, c a power of two.
 
   Into token t are the decays up to and with t, or without it if `before`; out
   of it those after t; in a level, those of its half of a block only. The level
   of halves of h tokens is the h-th power of two.
   """
-  shape = decay.shape
+  decay, shape = jnp.exp(log_a), log_a.shape
   bits = shape[-2].bit_length() - 1
   # An axis for each bit of the time in the chunk: all is broadcast, not moved.
   total = decay.reshape(*shape[:-2], *(2,) * bits, shape[-1])
@@ -41,19 +46,19 @@ def halvings(decay, *, before):
     into = into * jnp.concatenate([one, first], axis)
     out = out * jnp.concatenate([second, one], axis)
     total = first * second
-  total = total.reshape(*shape[:-2], shape[-1])
+  total = jnp.exp(log_a.sum(-2))
   # Fused with what reads them, the products would be formed again by each.
   return lax.optimization_barrier(
     (levels, into.reshape(shape), out.reshape(shape), total)
   )
 
 
-def headwise_decay(decay, levels):
+def headwise_decay(levels, like):
   """The decay between any j and i, `[..., c, c]`; 0 for j > i, 1 on i.
 
-  `levels` are those of the decays `[..., c, 1]`.
+  `levels` are those of decays `like`, `[..., c, 1]`.
   """
-  between = jnp.ones((*decay.shape, 1), decay.dtype)
+  between = jnp.ones((*like.shape, 1), like.dtype)
   for into, out in levels:
     half = between.shape[-1]
     blocks = lambda x, half=half: x.reshape(*x.shape[:-2], -1, half, 1)

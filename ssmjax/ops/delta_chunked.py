@@ -235,9 +235,9 @@ def _factors(tokens, parts, dtype):
   total = jnp.broadcast_to(parts["stays"], k.shape[:3]).astype(dtype)
   total, _ = match_varying(total, k)  # A constant without ids and decays.
   if tokens["log_a"] is not None:
-    each = jnp.exp(tokens["log_a"].astype(dtype))[..., None]
-    levels, into, out, whole = halvings(each, before=False)
-    decay = headwise_decay(each, levels)
+    log_a = tokens["log_a"].astype(dtype)[..., None]
+    levels, into, out, whole = halvings(log_a, before=False)
+    decay = headwise_decay(levels, log_a)
     system, p = system * decay, p * decay
     q_down, k_down, k_up = q_down * into, k_down * into, k_up * out
     total = total * whole[..., 0]

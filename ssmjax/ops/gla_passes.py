@@ -221,8 +221,8 @@ def _parts(precision, chunk, bonus, marks):
   q, k, log_a = chunk["q"], chunk["k"], chunk["log_a"]
   before = bonus is not None
   by_key = log_a.ndim > chunk["v"].ndim - 1
-  decay = jnp.exp(log_a if by_key else log_a[..., None])
-  levels, into, out, total = halvings(decay, before=before)
+  log_a = log_a if by_key else log_a[..., None]
+  levels, into, out, total = halvings(log_a, before=before)
   if before:
     q_now = q * bonus.astype(q.dtype)[None, None, :, None]
   else:
@@ -236,7 +236,7 @@ def _parts(precision, chunk, bonus, marks):
     scores = jnp.where(diagonal, now, scores[:, :, :, None])
   else:
     scores = _product(precision, "...ik,...jk->...ij", q, k)[:, :, :, None]
-    scores = scores * headwise_decay(decay, levels)
+    scores = scores * headwise_decay(levels, log_a)
     if before:
       scores = jnp.where(diagonal, now, scores)
   if marks is not None:
