@@ -12,7 +12,9 @@ from jax.lax import Precision
 from ssmjax import ops
 from ssmjax.models.layers import (
   check_choices,
+  check_mixer,
   check_sizes,
+  clear_padding,
   dense,
   normal,
   torch_uniform,
@@ -24,7 +26,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_shapes,
 )
 
 __all__ = [
@@ -192,10 +193,7 @@ class Mamba(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_shapes(
-      "Mamba", {"x": (x, f"B T M={self.d_model}"),
-                "segment_ids": (segment_ids, "B T")}
-    )  # fmt: skip
+    check_mixer("Mamba", x, segment_ids, self.d_model)
     u, z, delta, B, C, conv_state = self._before_scan(x, state, segment_ids)
     y, ssm_state = ops.selective_scan(
       u, delta, self._A(), B, C, self.D[...], z=z,
@@ -214,14 +212,9 @@ class Mamba(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], MambaState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_shapes(
-      "Mamba.step", {"x": (x, f"B M={self.d_model}"),
-                     "segment_ids": (segment_ids, "B")}
-    )  # fmt: skip
+    check_mixer("Mamba.step", x, segment_ids, self.d_model, "B")
     x_dtype = x.dtype
-    if segment_ids is not None:
-      x = jnp.where(segment_ids[:, None] > 0, x, jnp.zeros_like(x))
-    u, z = self._split_input(x)
+    u, z = self._split_input(clear_padding(x, segment_ids))
     u, conv_state = ops.causal_conv_step(
       u, self.conv_weight[...], self.conv_bias[...], state=state.conv,
       segment_ids=segment_ids,
@@ -255,6 +248,7 @@ class Mamba(nnx.Module):
     a = exp(ΔA) (polarized), dt = Δ, b = B u; the readout is
     W_out ((C·h + D u) · silu(z)).
     """
+    check_mixer("Mamba.recurrence", x, None, self.d_model)
     u, z, delta, B, C, _ = self._before_scan(x, None, None)
     dt = jax.nn.softplus(delta.astype(jnp.float32) + self.dt_bias[...])
     a = selective_decay(dt, self._A(), self.config.polarization)
@@ -268,10 +262,7 @@ class Mamba(nnx.Module):
 
   def _before_scan(self, x, state, segment_ids):
     """u, z, Δ (before bias and softplus), B, C and the convolution's state."""
-    if segment_ids is not None:
-      # Not only the outputs: a weight's gradient would meet NaN · 0.
-      x = jnp.where(segment_ids[..., None] > 0, x, jnp.zeros_like(x))
-    u, z = self._split_input(x)
+    u, z = self._split_input(clear_padding(x, segment_ids))
     u, conv_state = ops.causal_conv(
       u, self.conv_weight[...], self.conv_bias[...],
       initial_state=None if state is None else state.conv,

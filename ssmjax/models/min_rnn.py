@@ -13,7 +13,9 @@ from ssmjax.models.layers import (
   affine,
   check_choices,
   check_exact,
+  check_mixer,
   check_sizes,
+  clear_padding,
   dense,
   normal,
   torch_uniform,
@@ -25,8 +27,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_segment_ids,
-  check_shapes,
 )
 
 __all__ = [
@@ -183,12 +183,7 @@ class _MinRNN(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    name = type(self).__name__
-    check_shapes(
-      name, {"x": (x, f"B T M={self.d_model}"),
-             "segment_ids": (segment_ids, "B T")}
-    )  # fmt: skip
-    check_segment_ids(name, segment_ids)
+    check_mixer(type(self).__name__, x, segment_ids, self.d_model)
     x_dtype = x.dtype
     x, conv = self._convolve(x, state, segment_ids)
     a, dt, b = self._eq1(x)
@@ -207,13 +202,10 @@ class _MinRNN(nnx.Module):
   ) -> tuple[Float[Array, "B M"], MinRNNState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
     name = f"{type(self).__name__}.step"
-    check_shapes(
-      name, {"x": (x, f"B M={self.d_model}"), "segment_ids": (segment_ids, "B")}
-    )
-    check_segment_ids(name, segment_ids)
+    check_mixer(name, x, segment_ids, self.d_model, "B")
     x_dtype = x.dtype
-    x, conv = _without_padding(x, segment_ids), state.conv
-    x = x.astype(self.config.dtype)
+    conv = state.conv
+    x = clear_padding(x, segment_ids).astype(self.config.dtype)
     if conv is not None:
       x, conv = ops.causal_conv_step(
         x, self.conv_weight[...], self.conv_bias[...], state=conv,
@@ -243,7 +235,7 @@ class _MinRNN(nnx.Module):
     h̃; the readout is W_out h.
     """
     name = f"{type(self).__name__}.recurrence"
-    check_shapes(name, {"x": (x, f"B T M={self.d_model}")})
+    check_mixer(name, x, None, self.d_model)
     wide, _ = self._convolve(x, None, None)
     a, dt, b = self._eq1(wide)
     readout = jax.tree_util.Partial(
@@ -256,8 +248,7 @@ class _MinRNN(nnx.Module):
     return polarization.total(self.config.expand * self.d_model)
 
   def _convolve(self, x, state, segment_ids):
-    # Not only the outputs: a weight's gradient would meet NaN · 0.
-    x = _without_padding(x, segment_ids).astype(self.config.dtype)
+    x = clear_padding(x, segment_ids).astype(self.config.dtype)
     if not self.config.d_conv:
       return x, None
     return ops.causal_conv(
@@ -331,12 +322,6 @@ class MinLSTM(_MinRNN):
 def _positive(v):
   """The paper's g: v + ½ where v ≥ 0, σ(v) elsewhere; both ½ at 0."""
   return jnp.where(v >= 0, v + 0.5, jax.nn.sigmoid(v))
-
-
-def _without_padding(x, segment_ids):
-  if segment_ids is None:
-    return x
-  return jnp.where(segment_ids[..., None] > 0, x, jnp.zeros_like(x))
 
 
 def _readout(out_proj, wide, like, h, t):

@@ -14,7 +14,9 @@ from ssmjax.models.layers import (
   affine,
   check_choices,
   check_exact,
+  check_mixer,
   check_sizes,
+  clear_padding,
   normal,
   torch_uniform,
 )
@@ -27,8 +29,6 @@ from ssmjax.types import (
   Int,
   Polarization,
   Recurrence,
-  check_segment_ids,
-  check_shapes,
 )
 
 __all__ = ["RGLRU", "RGLRUConfig", "RGLRUState"]
@@ -199,11 +199,7 @@ class RGLRU(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_shapes(
-      "RGLRU", {"x": (x, f"B T M={self.d_model}"),
-                "segment_ids": (segment_ids, "B T")}
-    )  # fmt: skip
-    check_segment_ids("RGLRU", segment_ids)
+    check_mixer("RGLRU", x, segment_ids, self.d_model)
     u, z, conv = self._before_scan(x, state, segment_ids)
     started = None if state is None else state.started
     start, started = _starts(x.shape[:2], started, segment_ids)
@@ -212,9 +208,7 @@ class RGLRU(nnx.Module):
       a, dt * b, initial_state=None if state is None else state.hidden,
       segment_ids=segment_ids, implementation=self.config.implementation,
     )  # fmt: skip
-    y = self._after_scan(h, z, x.dtype)
-    if segment_ids is not None:
-      y = jnp.where(segment_ids[..., None] > 0, y, jnp.zeros_like(y))
+    y = clear_padding(self._after_scan(h, z, x.dtype), segment_ids)
     return y, RGLRUState(conv, hidden, started)
 
   def step(
@@ -224,16 +218,9 @@ class RGLRU(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], RGLRUState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_shapes(
-      "RGLRU.step", {"x": (x, f"B M={self.d_model}"),
-                     "segment_ids": (segment_ids, "B")}
-    )  # fmt: skip
-    check_segment_ids("RGLRU.step", segment_ids)
-    valid = None if segment_ids is None else segment_ids[:, None] > 0
+    check_mixer("RGLRU.step", x, segment_ids, self.d_model, "B")
     x_dtype = x.dtype
-    if valid is not None:
-      x = jnp.where(valid, x, jnp.zeros_like(x))
-    u, z = self._split_input(x)
+    u, z = self._split_input(clear_padding(x, segment_ids))
     u, conv = ops.causal_conv_step(
       u, self.conv_weight[...], self.conv_bias[...], state=state.conv,
       segment_ids=segment_ids,
@@ -242,11 +229,9 @@ class RGLRU(nnx.Module):
     h, hidden = ops.linear_step(
       a, dt * b, state=state.hidden, segment_ids=segment_ids
     )
-    y = self._after_scan(h, z, x_dtype)
-    if valid is None:
-      return y, RGLRUState(conv, hidden, jnp.ones_like(state.started))
-    y = jnp.where(valid, y, jnp.zeros_like(y))
-    return y, RGLRUState(conv, hidden, state.started | valid[:, 0])
+    y = clear_padding(self._after_scan(h, z, x_dtype), segment_ids)
+    valid = True if segment_ids is None else segment_ids > 0
+    return y, RGLRUState(conv, hidden, state.started | valid)
 
   def init_state(
     self, batch_size: int, max_length: int | None = None
@@ -267,7 +252,7 @@ class RGLRU(nnx.Module):
     decay (1 at the first token), b = i u; the readout is
     W_out (h · gelu(z)) + b_out.
     """
-    check_shapes("RGLRU.recurrence", {"x": (x, f"B T M={self.d_model}")})
+    check_mixer("RGLRU.recurrence", x, None, self.d_model)
     u, z, _ = self._before_scan(x, None, None)
     start, _ = _starts(x.shape[:2], None, None)
     a, dt, b = self._eq1(u, start)
@@ -282,10 +267,7 @@ class RGLRU(nnx.Module):
 
   def _before_scan(self, x, state, segment_ids):
     """The convolved u, the output gate's z and the convolution's state."""
-    if segment_ids is not None:
-      # Not only the outputs: a weight's gradient would meet NaN · 0.
-      x = jnp.where(segment_ids[..., None] > 0, x, jnp.zeros_like(x))
-    u, z = self._split_input(x)
+    u, z = self._split_input(clear_padding(x, segment_ids))
     u, conv = ops.causal_conv(
       u, self.conv_weight[...], self.conv_bias[...],
       initial_state=None if state is None else state.conv,
