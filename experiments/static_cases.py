@@ -1,7 +1,8 @@
-"""The programs whose kernels are held to a budget, and the chips.
+"""The programs that are held to a budget, and the chips.
 
 A case is one call of a public op, so what is compiled is what a user gets:
-the op's own choice of tiles, with XLA's casts and sums around the kernel.
+the op's own choice of tiles, with XLA's casts and sums around the kernel. Some
+ops have no kernel (`XLA_ALONE`): their cases say what one could win.
 """
 
 import dataclasses
@@ -14,7 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 import ssmjax.ops
 
-__all__ = ["CHIPS", "Case", "build", "quick_cases", "table_cases"]
+__all__ = [
+  "CHIPS",
+  "XLA_ALONE",
+  "Case",
+  "build",
+  "quick_cases",
+  "table_cases",
+]
 
 # Chip by compiler. A TPU's value is the topology that its compiler knows, a
 # GPU's the description of it in experiments/targets.
@@ -27,6 +35,8 @@ CHIPS = {
   },
   "cuda": {"a100": "a100", "h200": "h200", "b200": "b200"},
 }
+# Ops of matrix states, which are products of matrices in chunks.
+XLA_ALONE = ("delta_rule", "gated_linear_attention", "ssd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +48,14 @@ class Case:
     op: the public function.
     program: "forward", "gradient" for value and gradients, or "definition" for
       what XLA makes of it by itself.
-    dtype: of u, delta, z, B and C; A, D and the bias are float32.
+    dtype: of u, delta, z, B and C, or of q, k and v; A, D, the bias, log-decays
+      and β are float32.
     shape: B, T, D, N of the selective scan; B, T, D of the linear one; B, D, N
-      of the selective step.
+      of the selective step; B, T, H, K, V of matrix states.
     form: "bare" for the recurrence alone (delta is positive as it comes);
       "mamba" for that with softplus, bias, skip and gate; "layers" for the step
-      in a loop over a stack of layers, as a model decodes; "" elsewhere.
+      in a loop over a stack of layers, as a model decodes; "head" and "key" for
+      what has a decay of its own in linear attention; "" elsewhere.
     topology: other than the chip's own, for a program over all its devices:
       `shard_map` over the batch.
   """
@@ -131,6 +143,15 @@ def _variants(chip):
       for form in ("mamba", "layers")
       for batch in rows
     ]
+  if chip == "v5e":
+    narrow, wide = (1, 2048, 8, 64, 64), (1, 2048, 8, 128, 128)
+    sizes = [("float32", narrow), ("bfloat16", narrow), ("bfloat16", wide)]
+    for op, forms in (
+      ("gated_linear_attention", ("head", "key")),
+      ("ssd", ("mamba",)),
+      ("delta_rule", ("head",)),
+    ):
+      found[op] = [(*size, form) for form in forms for size in sizes]
   return found
 
 
@@ -144,16 +165,16 @@ def build(
   Args:
     case: the program.
     devices: all that it runs on; the batch is divided over them.
-    implementation: of the op.
+    implementation: of the op, where it has a kernel.
   """
   if case.program == "definition":
     implementation = "reference"
+  elif case.op in XLA_ALONE:
+    implementation = "chunked"
   forward, arguments = _OPS[case.op](case, implementation)
   spec = {
     name: P("data") if x.ndim > 2 else P() for name, x in arguments.items()
   }
-  dtype = jnp.dtype(case.dtype)
-  d_y = jax.ShapeDtypeStruct(case.shape[:3], dtype)
 
   def gradient(args, d_y):
     y, pull = jax.vjp(forward, args)
@@ -164,6 +185,7 @@ def build(
   specs: tuple[Any, ...] = (spec,)
   out: Any = P("data")
   if case.program == "gradient":
+    d_y = jax.eval_shape(forward, arguments)
     function, args, specs = gradient, (arguments, d_y), (spec, P("data"))
     out = (P("data"), spec)
   if len(devices) == 1:
@@ -215,6 +237,55 @@ def _linear_scan(case, implementation):
   return forward, dict(a=both, b=both)
 
 
+def _gated_linear_attention(case, implementation):
+  batch, length, heads, keys, _ = case.shape
+  decay = {"head": (), "key": (keys,)}[case.form]
+  log_a = jax.ShapeDtypeStruct((batch, length, heads, *decay), jnp.float32)
+
+  def forward(args):
+    return ssmjax.ops.gated_linear_attention(
+      **args, implementation=implementation
+    )[0]
+
+  return forward, _queries_keys_values(case) | dict(log_a=log_a)
+
+
+def _delta_rule(case, implementation):
+  of_head = jax.ShapeDtypeStruct(case.shape[:3], jnp.float32)
+
+  def forward(args):
+    return ssmjax.ops.delta_rule(**args, implementation=implementation)[0]
+
+  return forward, _queries_keys_values(case) | dict(beta=of_head, log_a=of_head)
+
+
+def _queries_keys_values(case):
+  *lead, keys, values = case.shape
+  array = lambda width: jax.ShapeDtypeStruct(
+    (*lead, width), jnp.dtype(case.dtype)
+  )
+  return dict(q=array(keys), k=array(keys), v=array(values))
+
+
+def _ssd(case, implementation):
+  """As Mamba-2 calls it: one group, softplus and skip; its gate is outside."""
+  batch, length, heads, states, width = case.shape
+  array = lambda *shape: jax.ShapeDtypeStruct(
+    (batch, length, *shape), jnp.dtype(case.dtype)
+  )
+  arguments = dict(x=array(heads, width), dt=array(heads))
+  arguments |= dict.fromkeys("BC", array(1, states))
+  of_head = jax.ShapeDtypeStruct((heads,), jnp.float32)
+  arguments |= dict.fromkeys(("A", "D", "dt_bias"), of_head)
+
+  def forward(args):
+    return ssmjax.ops.ssd(
+      **args, dt_softplus=True, implementation=implementation
+    )[0]
+
+  return forward, arguments
+
+
 def _selective_step(case, implementation):
   batch, channels, states = case.shape
   layers = () if case.form == "mamba" else (_LAYERS,)
@@ -251,9 +322,12 @@ _PROGRAMS = {
   "selective_scan": ("forward", "gradient"),
   "linear_scan": ("forward", "gradient"),
   "selective_step": ("forward", "definition"),
-}
+} | dict.fromkeys(XLA_ALONE, ("forward", "gradient"))
 _OPS = {
   "selective_scan": _selective_scan,
   "selective_step": _selective_step,
   "linear_scan": _linear_scan,
+  "gated_linear_attention": _gated_linear_attention,
+  "ssd": _ssd,
+  "delta_rule": _delta_rule,
 }

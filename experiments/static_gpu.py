@@ -47,9 +47,11 @@ def missing() -> str | None:
   return None
 
 
-def environment(folder: pathlib.Path, estimate: bool = True) -> dict[str, str]:
+def environment(
+  folder: pathlib.Path, estimate: bool = True, dump: bool = True
+) -> dict[str, str]:
   """What a process must have in its environment to compile and to tell."""
-  del folder, estimate
+  del folder, estimate, dump
   return {
     "PYTHONPATH": str(_folder()),
     "CUDA_ROOT": str(_folder() / "nvidia" / "cu13"),

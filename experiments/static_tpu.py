@@ -16,6 +16,8 @@ import re
 import sys
 from typing import Any
 
+from experiments.static_costs import costs
+
 __all__ = [
   "NO_ESTIMATE",
   "compiler",
@@ -46,13 +48,17 @@ def missing() -> str | None:
   return None
 
 
-def environment(folder: pathlib.Path, estimate: bool = True) -> dict[str, str]:
+def environment(
+  folder: pathlib.Path, estimate: bool = True, dump: bool = True
+) -> dict[str, str]:
   """What a process must have in its environment to compile and to tell.
 
   Args:
     folder: for the dumps.
     estimate: ask for cycles. The compiler's simulator gives up on some kernels
-      (and their process, saying `NO_ESTIMATE`) that the compiler itself takes.
+      (and their process, saying `NO_ESTIMATE`) that the compiler itself takes,
+      and on some of XLA's own ops.
+    dump: ask for what it made; without, there is only the program's text.
   """
   llo, profile = folder / "llo", folder / "profile"
   flags = [
@@ -61,10 +67,12 @@ def environment(folder: pathlib.Path, estimate: bool = True) -> dict[str, str]:
     # All of its seventy passes take minutes and gigabytes.
     f"--xla_jf_dump_llo_pass_label_regex={'|'.join(_DUMPS)}",
   ]
-  llo.mkdir()
-  if estimate:
+  if not dump:
+    flags = []
+  elif estimate:
     profile.mkdir()
     flags.append(f"--xla_jf_dump_static_llo_profile_to={profile}")
+  llo.mkdir()
   return {
     "TPU_LIBRARY_PATH": str(_library()),
     # Without it two processes that compile at the same time get in each
@@ -118,6 +126,7 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
     (of all other HLO ops of the program, each counted once); vmem_bytes; spills
     (stores to memory for lack of registers, in the loops below); and loops, the
     innermost ones by size: bundles, and the share of each kind of slot in use.
+    Without kernel and estimate, XLA's own costs: see `static_costs`.
 
   Raises:
     RuntimeError: where a dump is missing or cannot be read.
@@ -134,9 +143,11 @@ def figures(folder: pathlib.Path, text: str) -> list[dict[str, Any]]:
       f" {', '.join(sorted(cycles)) or 'nothing'}."
     )
   others = sum(n for name, n in cycles.items() if name not in calls)
+  if not calls and not cycles:
+    return [{"kernel": "none"} | costs(text)]
   if not calls:
     row = {"kernel": "none", "cycles": others, "cycles_of_others": 0}
-    return [row | {"vmem_bytes": 0, "spills": 0, "loops": []}] if cycles else []
+    return [row | {"vmem_bytes": 0, "spills": 0, "loops": []}]
   rows = []
   for name in calls:
     dump = lambda ending, name=name: _dump(folder / "llo", name, ending)

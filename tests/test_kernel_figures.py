@@ -7,7 +7,13 @@ import sys
 import jax
 import pytest
 
-from experiments import bench, static, static_cases, static_gpu, static_tpu
+from experiments import (
+  bench,
+  static,
+  static_cases,
+  static_gpu,
+  static_tpu,
+)
 from experiments import bench_kernels as kernels_command
 from experiments.bench_kernels import Kernels, bench_kernels
 from experiments.floor import floor
@@ -164,7 +170,10 @@ def test_unreadable_gpu_report_is_an_error(tmp_path, left, found):
     static_gpu.figures(tmp_path, 'custom_call_target="mosaic_gpu_v2"')
 
 
-@pytest.mark.parametrize("row", [GPU, TPU], ids=["gpu", "tpu"])
+XLA = {"kernel": "none", "cycles": 9000, "product_cycles": 1000, "ops": 70}
+
+
+@pytest.mark.parametrize("row", [GPU, TPU, XLA], ids=["gpu", "tpu", "xla"])
 def test_same_figures_are_no_regression(row):
   row = HEAD | row
   assert static.regressions([row], {"rows": [row]}) == ([], [])
@@ -180,6 +189,7 @@ def test_same_figures_are_no_regression(row):
     (TPU, {"cycles": 1031}),
     (TPU, {"vmem_bytes": 5000}),
     (TPU, {"kernel": "another"}),
+    (XLA, {"product_cycles": 1100}),
   ],
 )
 def test_regression_is_named_with_the_command_that_renews(row, change):
@@ -286,14 +296,19 @@ def test_worker_that_ends_costs_its_own_case_only(monkeypatch, tmp_path, end):
     assert "check failed" in bad["error"]
 
 
-@pytest.mark.parametrize("row", [GPU, TPU], ids=["gpu", "tpu"])
+@pytest.mark.parametrize("row", [GPU, TPU, XLA], ids=["gpu", "tpu", "xla"])
 def test_table_is_printed_for_a_reader(row, capsys):
   chip = "h200" if row is GPU else "v5e"
   refused = HEAD | {"chip": chip, "refused": "no kernel\nat all"}
   static.print_table([HEAD | row | {"chip": chip}, refused])
   printed = capsys.readouterr().out
   assert row["kernel"] in printed
-  assert "FP32 90" in printed if row is GPU else "1,000 cycles" in printed
+  telling = {
+    GPU["kernel"]: "FP32 90",
+    TPU["kernel"]: "1,000 cycles",
+    XLA["kernel"]: "of which 1,000 multiply matrices",
+  }
+  assert telling[row["kernel"]] in printed
   assert "no kernel\n" in printed
 
 
