@@ -19,7 +19,8 @@ and the ratio of each median to that of `associative`.
 
 `python -m experiments.bench kernels` is in `experiments.bench_kernels`, `delta`
 in `experiments.bench_delta`, `linear-attention` in
-`experiments.bench_linear_attention`.
+`experiments.bench_linear_attention`, `lti` and `long-conv` in
+`experiments.bench_time_invariant`.
 """
 
 import dataclasses
@@ -43,6 +44,12 @@ from experiments.bench_linear_attention import (
   bench_linear_attention,
 )
 from experiments.bench_step import bench_step
+from experiments.bench_time_invariant import (
+  LTI,
+  LongConv,
+  bench_long_conv,
+  bench_lti,
+)
 from experiments.results import provenance, use_cores, write_json
 from experiments.timing import in_turns, scan_inputs
 
@@ -78,6 +85,8 @@ def main() -> None:
       "delta": _delta_command,
       "kernels": _kernels_command,
       "linear-attention": _linear_attention_command,
+      "long-conv": _long_conv_command,
+      "lti": _lti_command,
       "scan": _scan_command,
     }
   )
@@ -93,6 +102,16 @@ def _linear_attention_command(
 ) -> None:
   """Time gated linear attention in chunks and over its tokens."""
   bench_linear_attention(config)
+
+
+def _long_conv_command(config: tyro.conf.OmitArgPrefixes[LongConv]) -> None:
+  """Time the long convolution, its loop and its recurrent twin."""
+  bench_long_conv(config)
+
+
+def _lti_command(config: tyro.conf.OmitArgPrefixes[LTI]) -> None:
+  """Time a diagonal time-invariant system in chunks and as a convolution."""
+  bench_lti(config)
 
 
 def _kernels_command(config: tyro.conf.OmitArgPrefixes[Kernels]) -> None:
