@@ -145,7 +145,7 @@ def _variants(chip):
     ]
   if chip == "v5e":
     narrow, wide = (1, 2048, 8, 64, 64), (1, 2048, 8, 128, 128)
-    sizes = [("float32", narrow), ("bfloat16", narrow), ("bfloat16", wide)]
+    sizes = [("float32", narrow), ("bfloat16", wide)]
     for op, forms in (
       ("gated_linear_attention", ("head", "key")),
       ("ssd", ("mamba",)),
