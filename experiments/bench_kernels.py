@@ -11,8 +11,10 @@ What does not fit in the memory is skipped and says so. About 10 minutes.
 `python -m experiments.bench kernels --static --out
 experiments/results/kernels-static.json` compiles the kernels for chips that
 are not here and writes down registers, spills, instructions and estimated
-cycles. They are the compilers' word, not measurements. About 10 minutes on two
-cores; `--chips h200 --only "forward float32"` for some of the cases.
+cycles; and, for the ops of matrix states, which have no kernel, what XLA's own
+programs cost and how much of it multiplies matrices. They are the compilers'
+word, not measurements. About 15 minutes on two cores; `--chips h200 --only
+"forward float32"` for some of the cases.
 """
 
 import dataclasses
