@@ -49,6 +49,7 @@ def test_narrow_product_is_the_same_under_vmap(axes):
   assert_close(both[1], expected_gradient(args[0], args[2]), jnp.float32)
 
 
+@pytest.mark.nightly
 def test_narrow_product_is_differentiated_again_in_both_modes():
   x, weight, dy = make()
   slope = lambda x: jnp.square(pull(x, weight, dy)[1]).sum()
@@ -59,6 +60,7 @@ def test_narrow_product_is_differentiated_again_in_both_modes():
   assert_close((wide(backward) * wide(x)).sum(), wide(forward), jnp.bfloat16)
 
 
+@pytest.mark.nightly
 def test_narrow_product_is_recomputed_in_remat():
   x, weight, dy = make()
   run = jax.checkpoint(dense)
