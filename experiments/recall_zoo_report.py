@@ -33,11 +33,9 @@ def table(rows: list[dict[str, Any]], pairs: list[int], label: str) -> str:
     "|" + " --- |" * len(heads),
   ]
   for kind, (plain, both) in _kinds(rows).items():
-    cells = ["", "", ""]
-    if shown := plain or both:
-      speed = mean([run["zoo"]["tokens_per_second"] for run in shown["runs"]])
-      state = shown["runs"][0]["zoo"]["state"]
-      cells = [f"{shown['parameters']:,}", f"{state:,}", f"{speed:,.0f}"]
+    sizes = [_sizes(row) for row in (plain, both) if row]
+    # The polarized model's beside the plain one's.
+    cells = [" / ".join(values) for values in zip(*sizes, strict=True)]
     cells += [*_cells(plain, pairs), *_cells(both, pairs)]
     lines.append(f"| {kind} | " + " | ".join(cells) + " |")
   return "\n".join([*lines, "", *_notes(rows, pairs), ""])
@@ -159,9 +157,10 @@ def _notes(rows, pairs) -> tuple[str, ...]:
     " there are more than one); a guess is right in one of half the vocabulary,"
     " a model that knows which values were shown but not with which key in"
     f" about {shown} %. State: numbers carried from token to token by all"
-    " layers, convolutions included, of the plain model; attention's and"
-    " Hyena's are for 32 tokens. Tokens/s: of training, the median of the"
-    " run's later half, all seeds together.",
+    " layers, convolutions included; attention's and Hyena's are for 32"
+    " tokens. Tokens/s: of training, the median of the run's later half, all"
+    " seeds together. Parameters, state and tokens/s of the plain model / of"
+    " the polarized one: held heads and channels are added to the learned.",
     "Slope: of the logarithm of influence, per token, fresh → trained, fitted"
     " on 128 random tokens between the lags that convolutions reach and 64; ~"
     f" where it is no line (R² below {_LINE}). Sharpness: relative sharpness"
@@ -193,6 +192,13 @@ def _cells(row, pairs) -> list[str]:
     " → ".join(_slope(zoo, stage) for stage in ("fresh", "trained")),
     " → ".join(f"{end:.2f}" for end in ends),
   ]
+
+
+def _sizes(row) -> list[str]:
+  """Parameters, state and speed of a row."""
+  speed = mean([run["zoo"]["tokens_per_second"] for run in row["runs"]])
+  state = row["runs"][0]["zoo"]["state"]
+  return [f"{row['parameters']:,}", f"{state:,}", f"{speed:,.0f}"]
 
 
 def _slope(zoo, stage) -> str:

@@ -398,6 +398,9 @@ def test_the_reference_is_differentiated_twice_and_chunked_refuses():
   assert np.isfinite(second("reference")).all()
   with pytest.raises(NotImplementedError, match="'reference'"):
     second("chunked")
+  of_k = lambda k: delta_rule(**(args | dict(k=k)))[0]
+  with pytest.raises(NotImplementedError, match=r"^delta_rule: forward-mode"):
+    jax.jvp(of_k, (args["k"],), (args["k"],))
   with pytest.raises(NotImplementedError, match="'reference'"):
     jax.jvp(functools.partial(slope, form="chunked"), *[(args["k"],)] * 2)
 

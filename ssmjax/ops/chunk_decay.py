@@ -29,23 +29,24 @@ def halvings(log_a, *, before):
 
   Into token t are the decays up to and with t, or without it if `before`; out
   of it those after t; in a level, those of its half of a block only. The level
-  of halves of h tokens is the h-th power of two.
+  of halves of h tokens is the h-th power of two. The total, `[..., K]`, is the
+  exponential of the sum.
   """
   decay, shape = jnp.exp(log_a), log_a.shape
   bits = shape[-2].bit_length() - 1
   # An axis for each bit of the time in the chunk: all is broadcast, not moved.
-  total = decay.reshape(*shape[:-2], *(2,) * bits, shape[-1])
-  into, out = total, jnp.ones_like(total)
+  block = decay.reshape(*shape[:-2], *(2,) * bits, shape[-1])
+  into, out = block, jnp.ones_like(block)
   if before:
     into = out
   levels = []
-  for axis in range(total.ndim - 2, total.ndim - 2 - bits, -1):
+  for axis in range(block.ndim - 2, block.ndim - 2 - bits, -1):
     levels.append((into.reshape(shape), out.reshape(shape)))
-    first, second = jnp.split(total, 2, axis)
+    first, second = jnp.split(block, 2, axis)
     one = jnp.ones_like(first)
     into = into * jnp.concatenate([one, first], axis)
     out = out * jnp.concatenate([second, one], axis)
-    total = first * second
+    block = first * second
   total = jnp.exp(log_a.sum(-2))
   # Fused with what reads them, the products would be formed again by each.
   return lax.optimization_barrier(

@@ -12,6 +12,7 @@ from jax import lax
 
 from ssmjax.ops.delta_chunked import delta_rule_chunked
 from ssmjax.ops.partition import divided
+from ssmjax.ops.reverse_only import refused_by_name, reverse_only
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import (
@@ -72,7 +73,8 @@ def delta_rule(
     segment_ids: `[B, T]` int, 1-based, 0 for padding: see `selective_scan`.
     implementation: `"reference"` (a loop, differentiable to any order),
       `"chunked"` (matrix products over chunks of 64 tokens, memory linear in
-      T, no state per token; first-order derivatives), or None: chunked.
+      T, no state per token; first-order derivatives in reverse mode), or None:
+      chunked.
 
   Returns:
     y `[B, T, H, P]` of v's dtype, and the state after the last non-padding
@@ -85,8 +87,8 @@ def delta_rule(
 
   Raises:
     ValueError: an argument of the wrong shape or dtype.
-    NotImplementedError: a second derivative of `"chunked"`, at
-      differentiation.
+    NotImplementedError: a second derivative of `"chunked"`, or one in forward
+      mode, at differentiation.
 
   Source: Schlag et al. 2021 (arXiv 2102.11174), Eq. 23-24; chunks: Yang et al.
   2024 (arXiv 2406.06484), §3; decay: Yang et al. 2024 (arXiv 2412.06464),
@@ -101,10 +103,11 @@ def delta_rule(
   if implementation is not None:
     check_choice("delta_rule", "implementation", implementation,
                  ("reference", "chunked"))  # fmt: skip
-  return _delta_rule(
-    q, k, v, beta, log_a, initial_state, segment_ids,
-    implementation=implementation,
-  )  # fmt: skip
+  with refused_by_name("delta_rule"):
+    return _delta_rule(
+      q, k, v, beta, log_a, initial_state, segment_ids,
+      implementation=implementation,
+    )  # fmt: skip
 
 
 def delta_rule_step(
@@ -189,9 +192,9 @@ def _delta_rule(
       )  # fmt: skip
     state = _initial(q, k, v, beta, log_a, initial_state)
     masks = segment_masks(segment_ids)
-    return delta_rule_chunked(
-      *match_varying(q, k, v, beta, log_a, state, *masks)
-    )
+    args = match_varying(q, k, v, beta, log_a, state, *masks)
+    mark = functools.partial(reverse_only, "delta_rule")
+    return delta_rule_chunked(*jax.tree.map(mark, args[:6]), *args[6:])
 
   # The heads are what `divided` calls channels.
   return divided(

@@ -15,7 +15,8 @@ for S, which goes from one to the next. Kept for backward: S at their starts.
 
 A matrix product multiplies what its other factor masks, and 0 · inf is NaN. So
 that a document which is not finite, or whose state is not, reaches no other,
-its tokens are taken out and its results are set to NaN, see `quarantine`.
+its tokens are taken out and its results are set to NaN, see `quarantine`. (Not
+so what overflows within a chunk of finite tokens, see `delta_rule`.)
 """
 
 import jax
@@ -24,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from ssmjax.ops.chunk_decay import halvings, headwise_decay
-from ssmjax.ops.quarantine import after, before, take_out
+from ssmjax.ops.quarantine import after, before, finite_states, take_out
 from ssmjax.ops.varying import match_varying
 
 __all__ = ["delta_rule_chunked"]
@@ -113,7 +114,7 @@ def _pieces(length):
   """The tokens of a piece, and functions that pad, cut and join.
 
   Padded are `[B, T, H, …]` to whole pieces; a piece of that, or of masks
-  without H, is cut as `[B, H, chunks, CHUNK, …]`, and joined again.
+  without H, is cut as `[B, H, chunks, size, …]`, and joined again.
   """
   size = min(CHUNK, 1 << (length - 1).bit_length())
   chunks = -(-length // size)
@@ -148,7 +149,7 @@ def _piece(state, xs):
 
   def chunk(state, xs):
     total, k_up, w, u, stays, ends_sick = xs
-    clean, lost = _finite(state)
+    clean, lost = finite_states(state)
     u = u - _dot("tk,kp->tp", w, clean)
     new = total[..., None, None] * clean + _dot("tk,tp->kp", k_up, u)
     lost = (lost & stays) | ends_sick
@@ -157,7 +158,7 @@ def _piece(state, xs):
   xs = (f["total"], f["k_up"], w, u, parts["stays"], spoiled[..., -1])
   state, (states, u) = lax.scan(chunk, state, _chunks_first(xs), unroll=_PIECE)
   states, u = jnp.moveaxis(states, 0, 2), jnp.moveaxis(u, 0, 2)
-  clean, lost = _finite(states)
+  clean, lost = finite_states(states)
   y = _dot("tk,kp->tp", f["q_down"], clean) + _dot("ti,ip->tp", f["p"], u)
   y = _spoil(y, spoiled | (lost[..., None] & parts["sees"]))
   return state, (_valid_only(y, valid).astype(tokens["v"].dtype), states)
@@ -173,7 +174,7 @@ def _piece_back(dstate, xs):
   )
   inverses = _inverses(f["system"])
   w, u = _solved(f, inverses)
-  states, lost = _finite(states)
+  states, lost = finite_states(states)
   u = u - _dot("tk,kp->tp", w, states)
   spoiled = after(sick, parts["start"], 3)
   spoiled |= lost[..., None] & parts["sees"]
@@ -186,7 +187,7 @@ def _piece_back(dstate, xs):
 
   def chunk(dstate, xs):
     total, k_up, w, own, du, stays, begins_sick = xs
-    clean, lost = _finite(dstate)
+    clean, lost = finite_states(dstate)
     du = du + _dot("tk,kp->tp", k_up, clean)
     new = total[..., None, None] * clean + own - _dot("tk,tp->kp", w, du)
     lost = (lost & stays) | begins_sick
@@ -198,7 +199,7 @@ def _piece_back(dstate, xs):
     chunk, dstate, _chunks_first(xs), reverse=True, unroll=_PIECE
   )
   dstates, du = jnp.moveaxis(dstates, 0, 2), jnp.moveaxis(du, 0, 2)
-  dstates, lost = _finite(dstates)
+  dstates, lost = finite_states(dstates)
   dright = _solve(f["system"], inverses, du, transpose=True)
   (grads,) = pull(
     dict(
@@ -345,12 +346,6 @@ def _clean(tokens, valid):
       wide, ill = take_out(wide, decay=name == "log_a")
       tokens[name], sick = wide.reshape(x.shape), sick | ill
   return tokens, sick
-
-
-def _finite(state):
-  """The states, 0 where not all of one is finite, and which those are."""
-  lost = ~jnp.isfinite(state).all((-2, -1))
-  return jnp.where(_like(lost, state), 0, state), lost
 
 
 def _spoil(x, where):

@@ -15,11 +15,15 @@ from jax import lax
 from ssmjax.ops.gla_passes import (
   backward_at_once,
   backward_in_turn,
-  finite_states,
   forward_at_once,
   forward_in_turn,
 )
-from ssmjax.ops.quarantine import document_of, reached, take_out
+from ssmjax.ops.quarantine import (
+  document_of,
+  finite_states,
+  reached,
+  take_out,
+)
 from ssmjax.ops.reverse_only import reverse_only
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import Array, Bool, Float

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssmjax.ops.chunk_decay import halvings, headwise_decay, keywise_scores
+from ssmjax.ops.quarantine import finite_states
 
 __all__ = [
   "backward_at_once",
   "backward_in_turn",
-  "finite_states",
   "forward_at_once",
   "forward_in_turn",
 ]
@@ -131,12 +131,6 @@ def backward_at_once(
   return dtokens, dbonus, dstate, lost
 
 
-def finite_states(states):
-  """States, zero where one is not finite, and where that is."""
-  fine = jnp.isfinite(states).all((-1, -2))
-  return jnp.where(fine[..., None, None], states, 0), ~fine
-
-
 def _at_once_jvp(function, precision, size, primals, tangents):
   """Go round the slices: each has a cotangent as large as what it is cut of."""
   tokens, bonus, marks, *rest = primals
@@ -234,13 +228,19 @@ def _parts(precision, chunk, bonus, marks):
     levels = [[x[:, :, :, 0] for x in level] for level in levels]
     scores = keywise_scores(q, k, levels, product)
     scores = jnp.where(diagonal, now, scores[:, :, :, None])
+    if marks is not None:
+      scores = jnp.where(marks["pair"], scores, jnp.zeros_like(scores))
   else:
     scores = _product(precision, "...ik,...jk->...ij", q, k)[:, :, :, None]
+    # First, for a pair that never meets may overflow, and inf · 0 is NaN.
+    met = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None, None, None]
+    if marks is not None:
+      met = met & marks["pair"]
+    scores = jnp.where(met, scores, jnp.zeros_like(scores))
     scores = scores * headwise_decay(levels, log_a)
     if before:
       scores = jnp.where(diagonal, now, scores)
   if marks is not None:
-    scores = jnp.where(marks["pair"], scores, jnp.zeros_like(scores))
     out = jnp.where(marks["to_end"], out, jnp.zeros_like(out))
   return {"scores": scores, "into": into, "out": out, "all": total}
 

@@ -12,7 +12,14 @@ from jax import lax
 
 from ssmjax.types import Array, Bool, Int
 
-__all__ = ["after", "before", "document_of", "reached", "take_out"]
+__all__ = [
+  "after",
+  "before",
+  "document_of",
+  "finite_states",
+  "reached",
+  "take_out",
+]
 
 
 def take_out(x, *, decay: bool = False):
@@ -25,6 +32,12 @@ def take_out(x, *, decay: bool = False):
     fine = fine | (x == -jnp.inf)
   fine = fine.all(-1)
   return jnp.where(fine[..., None], x, jnp.zeros_like(x)), ~fine
+
+
+def finite_states(states):
+  """States, zero where one is not finite, and where that is."""
+  fine = jnp.isfinite(states).all((-1, -2))
+  return jnp.where(fine[..., None, None], states, 0), ~fine
 
 
 def reached(
