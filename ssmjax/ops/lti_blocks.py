@@ -17,6 +17,8 @@ def taps(
 ) -> Float[Array, "B K S D"]:
   """Σⱼ kernelⱼ xₜ₋ⱼ within a chunk, and within a segment."""
   size = x.shape[2]
+  # Fused with the matrix, the sum over states would be formed for each entry.
+  kernel = lax.optimization_barrier(kernel)
   if ids is None:
     lag = np.arange(size)[:, None] - np.arange(size)[None]
     matrix = jnp.where(lag >= 0, kernel[:, np.maximum(lag, 0)], 0)

@@ -261,6 +261,8 @@ def _final(x, b, table, states, segment, count, size):
 
 def _einsum(spec, x, y):
   """In real numbers: from a real x, or to a real result."""
+  # Fused with the product, powers would be formed again for each chunk.
+  y = lax.optimization_barrier(y)
   run = functools.partial(jnp.einsum, spec, precision=lax.Precision.HIGHEST)
   if not jnp.iscomplexobj(x):
     if jnp.iscomplexobj(y):
