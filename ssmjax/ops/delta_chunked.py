@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ssmjax.ops.chunk_decay import halvings, headwise_decay
+from ssmjax.ops.chunk_decay import by_halves
 from ssmjax.ops.quarantine import after, before, finite_states, take_out
 from ssmjax.ops.varying import match_varying
 
@@ -237,8 +237,7 @@ def _factors(tokens, parts, dtype):
   total, _ = match_varying(total, k)  # A constant without ids and decays.
   if tokens["log_a"] is not None:
     log_a = tokens["log_a"].astype(dtype)[..., None]
-    levels, into, out, whole = halvings(log_a, before=False)
-    decay = headwise_decay(levels, log_a)
+    decay, into, out, whole = by_halves(log_a, before=False)
     system, p = system * decay, p * decay
     q_down, k_down, k_up = q_down * into, k_down * into, k_up * out
     total = total * whole[..., 0]

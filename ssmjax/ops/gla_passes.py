@@ -21,7 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssmjax.ops.chunk_decay import halvings, headwise_decay, keywise_scores
+from ssmjax.ops.chunk_decay import (
+  by_halves,
+  by_products,
+  halvings,
+  keywise_scores,
+)
 from ssmjax.ops.quarantine import finite_states
 
 __all__ = [
@@ -43,7 +48,7 @@ def forward_in_turn(precision, size, tokens, bonus, marks, state):
     (state, y), (i, marks) = carry, xs
     chunk = _chunk_at(i, tokens, size)
     before = _readable(state[None], marks)[0]
-    new, after = _local(precision, chunk, _one(marks), before, bonus)
+    new, after = _local(precision, by_halves, chunk, _one(marks), before, bonus)
     return (after[0], _put(y, _tokens("v", new), i)), state
 
   xs = (_numbers(tokens, size), marks)
@@ -60,7 +65,7 @@ def _forward_jvp(precision, size, primals, tangents):
 def forward_at_once(precision, size, tokens, bonus, marks, state):
   """As `forward_in_turn`."""
   chunk = _chunks(tokens, size)
-  parts = _parts(precision, chunk, bonus, marks)
+  parts = _parts(precision, by_products, chunk, bonus, marks)
   new = _leave(precision, chunk, parts)
   final, before = _states(state, parts, new, marks)
   read = _readable(before, marks)[0]
@@ -86,7 +91,7 @@ def backward_in_turn(
     after, lost = _readable(dstate[None], marks)
     pull = jax.vjp(
       lambda chunk, before, bonus: _local(
-        precision, chunk, marks, before, bonus
+        precision, by_halves, chunk, marks, before, bonus
       ),
       chunk, before, bonus,
     )[1]  # fmt: skip
@@ -116,14 +121,16 @@ def backward_at_once(
   """As `backward_in_turn`."""
   chunk, dy = _chunks(tokens, size), _chunks({"v": dy}, size)["v"]
   before = _readable(before, marks)[0]
-  parts = _parts(precision, chunk, bonus, marks)
+  parts = _parts(precision, by_products, chunk, bonus, marks)
   enter = functools.partial(_enter, precision, chunk, parts, marks)
   (new,) = jax.vjp(enter, before)[1](dy)
   # The same recurrence from the back: decays are diagonal.
   dstate, after = _states(dfinal, parts, new, marks, reverse=True)
   after, lost = _readable(after, marks)
   pull = jax.vjp(
-    lambda chunk, bonus: _local(precision, chunk, marks, before, bonus),
+    lambda chunk, bonus: _local(
+      precision, by_products, chunk, marks, before, bonus
+    ),
     chunk, bonus,
   )[1]  # fmt: skip
   dchunk, dbonus = pull((dy, after))
@@ -187,9 +194,9 @@ def _one(xs):
   return jax.tree.map(lambda x: x[None], xs)
 
 
-def _local(precision, chunk, marks, before, bonus):
+def _local(precision, headwise, chunk, marks, before, bonus):
   """y of chunks and the states after them, of the states before them."""
-  parts = _parts(precision, chunk, bonus, marks)
+  parts = _parts(precision, headwise, chunk, bonus, marks)
   y = _read(precision, chunk, parts, marks, before)
   new = _leave(precision, chunk, parts)
   return y, _after(before, parts["all"], new, _keep(marks))
@@ -206,7 +213,7 @@ def _keep(marks):
   return None if marks is None else marks["keep"]
 
 
-def _parts(precision, chunk, bonus, marks):
+def _parts(precision, headwise, chunk, bonus, marks):
   """Scores, and decays into a token, out of it and of all the chunk.
 
   q, k `[N, B, G, c, K]`, v `[N, B, G, R, c, V]`, log_a `[N, B, G, R, c]` or
@@ -215,8 +222,10 @@ def _parts(precision, chunk, bonus, marks):
   q, k, log_a = chunk["q"], chunk["k"], chunk["log_a"]
   before = bonus is not None
   by_key = log_a.ndim > chunk["v"].ndim - 1
-  log_a = log_a if by_key else log_a[..., None]
-  levels, into, out, total = halvings(log_a, before=before)
+  if by_key:
+    levels, into, out, total = halvings(log_a, before=before)
+  else:
+    decay, into, out, total = headwise(log_a[..., None], before=before)
   if before:
     q_now = q * bonus.astype(q.dtype)[None, None, :, None]
   else:
@@ -237,7 +246,7 @@ def _parts(precision, chunk, bonus, marks):
     if marks is not None:
       met = met & marks["pair"]
     scores = jnp.where(met, scores, jnp.zeros_like(scores))
-    scores = scores * headwise_decay(levels, log_a)
+    scores = scores * decay
     if before:
       scores = jnp.where(diagonal, now, scores)
   if marks is not None:
