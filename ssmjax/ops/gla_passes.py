@@ -1,11 +1,11 @@
 """The two passes over chunks of a gated linear attention.
 
-In turn: one chunk after another, with the state as the carry. It is the way of
-CPUs, for a chunk then stays in the cache; it is laid out there too, for to lay
-out all tokens beforehand takes as long as all products. At once: the states at
-the chunks' boundaries first, then all chunks side by side, which gives a matrix
-unit the most to do. Both keep the states before the chunks and compute
-everything else again on the way back.
+In turn: a few chunks after another, with the state as the carry. It is the way
+of CPUs, for the chunks then stay in the cache; they are laid out there too, for
+to lay out all tokens beforehand takes as long as all products. At once: the
+states at the chunks' boundaries first, then all chunks side by side, which
+gives a matrix unit the most to do. Both keep the states before the chunks and
+compute everything else again on the way back.
 
 Tokens are q, k `[B, T, G, K]`, v `[B, T, G, R, V]`, log_a `[B, T, G, R]` or
 (R = 1) `[B, T, G, 1, K]`, T a multiple of the chunk's size. A chunk is q, k
@@ -36,6 +36,10 @@ __all__ = [
   "forward_in_turn",
 ]
 
+# Chunks that a CPU takes side by side: enough for elementwise work to be shared
+# by its cores, few enough to stay in their caches.
+_FEW = 4
+
 # G, and where there are values, R.
 _HEAD_AXES = {"q": 1, "k": 1, "v": 2, "log_a": 2}
 
@@ -43,18 +47,23 @@ _HEAD_AXES = {"q": 1, "k": 1, "v": 2, "log_a": 2}
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def forward_in_turn(precision, size, tokens, bonus, marks, state):
   """y `[B, T, G, R, V]`, the final state, and the states before the chunks."""
+  count = tokens["v"].shape[1] // size
+  few = max(n for n in range(1, _FEW + 1) if count % n == 0)
 
   def step(carry, xs):
     (state, y), (i, marks) = carry, xs
-    chunk = _chunk_at(i, tokens, size)
-    before = _readable(state[None], marks)[0]
-    new, after = _local(precision, by_halves, chunk, _one(marks), before, bonus)
-    return (after[0], _put(y, _tokens("v", new), i)), state
+    chunk = _chunks_at(i, tokens, size, few)
+    new, state, before = _forward(
+      precision, by_halves, chunk, bonus, marks, state
+    )
+    return (state, _put(y, new, i)), before
 
-  xs = (_numbers(tokens, size), marks)
+  numbers = jnp.arange(count // few, dtype=jnp.int32)
+  by_piece = lambda x: x.reshape(-1, few, *x.shape[1:])
   carry = (state, jnp.zeros_like(tokens["v"]))
+  xs = (numbers, jax.tree.map(by_piece, marks))
   (final, y), before = lax.scan(step, carry, xs)
-  return y, final, before
+  return y, final, before.reshape(count, *before.shape[2:])
 
 
 @forward_in_turn.defjvp
@@ -65,12 +74,7 @@ def _forward_jvp(precision, size, primals, tangents):
 def forward_at_once(precision, size, tokens, bonus, marks, state):
   """As `forward_in_turn`."""
   chunk = _chunks(tokens, size)
-  parts = _parts(precision, by_products, chunk, bonus, marks)
-  new = _leave(precision, chunk, parts)
-  final, before = _states(state, parts, new, marks)
-  read = _readable(before, marks)[0]
-  y = _tokens("v", _read(precision, chunk, parts, marks, read))
-  return y, final, before
+  return _forward(precision, by_products, chunk, bonus, marks, state)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -86,7 +90,7 @@ def backward_in_turn(
     dstate, dbonus, dtokens = carry
     i, marks, before = xs
     marks = _one(marks)
-    chunk, dy_here = _chunk_at(i, (tokens, {"v": dy}), size)
+    chunk, dy_here = _chunks_at(i, (tokens, {"v": dy}), size)
     before = _readable(before[None], marks)[0]
     after, lost = _readable(dstate[None], marks)
     pull = jax.vjp(
@@ -138,6 +142,16 @@ def backward_at_once(
   return dtokens, dbonus, dstate, lost
 
 
+def _forward(precision, headwise, chunk, bonus, marks, state):
+  """y, the final state and those before the chunks, which are side by side."""
+  parts = _parts(precision, headwise, chunk, bonus, marks)
+  new = _leave(precision, chunk, parts)
+  final, before = _states(state, parts, new, marks)
+  read = _readable(before, marks)[0]
+  y = _tokens("v", _read(precision, chunk, parts, marks, read))
+  return y, final, before
+
+
 def _at_once_jvp(function, precision, size, primals, tangents):
   """Go round the slices: each has a cotangent as large as what it is cut of."""
   tokens, bonus, marks, *rest = primals
@@ -153,9 +167,10 @@ def _numbers(tokens, size):
   return jnp.arange(tokens["v"].shape[1] // size, dtype=jnp.int32)
 
 
-def _chunk_at(i, tokens, size):
-  """The i-th chunk only, of one or several dictionaries of tokens."""
-  cut = lambda x: lax.dynamic_slice_in_dim(x, i * size, size, 1)
+def _chunks_at(i, tokens, size, few=1):
+  """The i-th few chunks only, of one or several dictionaries of tokens."""
+  span = few * size
+  cut = lambda x: lax.dynamic_slice_in_dim(x, i * span, span, 1)
   is_dict = lambda x: isinstance(x, dict)
   chunk = jax.tree.map(
     lambda x: _chunks(jax.tree.map(cut, x), size), tokens, is_leaf=is_dict
@@ -165,7 +180,7 @@ def _chunk_at(i, tokens, size):
 
 
 def _put(x, new, i):
-  """x with the tokens of the i-th chunk."""
+  """x with the tokens of the i-th chunk, or of the i-th few."""
   return lax.dynamic_update_slice_in_dim(x, new, i * new.shape[1], 1)
 
 
@@ -206,7 +221,7 @@ def _states(state, parts, new, marks, *, reverse=False):
   """The last state, and for each chunk the one that it starts from."""
   step = lambda state, xs: (_after(state, *xs), state)
   xs = (parts["all"], new, _keep(marks))
-  return lax.scan(step, state, xs, reverse=reverse)
+  return lax.scan(step, state, xs, reverse=reverse, unroll=_FEW)
 
 
 def _keep(marks):
