@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 # Chunks that a CPU takes side by side: enough for elementwise work to be shared
-# by its cores, few enough to stay in their caches.
-_FEW = 4
+# by its cores, few enough to stay in their caches. By key there is more of it.
+_FEW, _FEW_BY_KEY = 4, 2
 
 # G, and where there are values, R.
 _HEAD_AXES = {"q": 1, "k": 1, "v": 2, "log_a": 2}
@@ -48,7 +48,9 @@ _HEAD_AXES = {"q": 1, "k": 1, "v": 2, "log_a": 2}
 def forward_in_turn(precision, size, tokens, bonus, marks, state):
   """y `[B, T, G, R, V]`, the final state, and the states before the chunks."""
   count = tokens["v"].shape[1] // size
-  few = max(n for n in range(1, _FEW + 1) if count % n == 0)
+  by_key = tokens["log_a"].ndim == tokens["v"].ndim
+  most = _FEW_BY_KEY if by_key else _FEW
+  few = max(n for n in range(1, most + 1) if count % n == 0)
 
   def step(carry, xs):
     (state, y), (i, marks) = carry, xs
