@@ -51,7 +51,7 @@ from experiments.bench_time_invariant import (
   bench_lti,
 )
 from experiments.results import provenance, use_cores, write_json
-from experiments.timing import in_turns, scan_inputs
+from experiments.timing import in_turns, scan_inputs, shape_of
 
 _SHAPES = ("2,2048,1536,16", "1,16384,768,16", "8,512,256,16", "64,256,128,16")
 _ALL = (
@@ -131,7 +131,7 @@ def _scan_command(config: tyro.conf.OmitArgPrefixes[Scan]) -> None:
       write_json(config.out, origin | whole)
 
   for text in config.shapes:
-    results.append(bench_scan(_shape(text), config))
+    results.append(bench_scan(shape_of(text, "B,T,D,N", _SHAPES[0]), config))
     keep()
   if config.step:
     keep(bench_step(config.repeats))
@@ -170,16 +170,6 @@ def bench_scan(shape: tuple[int, int, int, int], config: Scan) -> dict:
       flush=True,
     )
   return dict(shape=shape, rows=rows)
-
-
-def _shape(text: str) -> tuple[int, int, int, int]:
-  try:
-    batch, length, channels, states = map(int, text.split(","))
-  except ValueError:
-    raise SystemExit(
-      f"bench: shapes has {text!r}, expected B,T,D,N such as {_SHAPES[0]}."
-    ) from None
-  return batch, length, channels, states
 
 
 def _forms(args, wanted) -> dict[str, Callable]:

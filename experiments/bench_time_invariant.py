@@ -26,7 +26,7 @@ import numpy as np
 
 import ssmjax.ops
 from experiments.results import provenance, write_json
-from experiments.timing import in_turns
+from experiments.timing import in_turns, shape_of
 
 __all__ = ["LTI", "LongConv", "bench_long_conv", "bench_lti"]
 
@@ -82,10 +82,12 @@ def bench_long_conv(config: LongConv) -> list[dict]:
   """Print and return a row for each shape, direction and form."""
   rows = []
   for text in config.shapes:
-    batch, length, channels, taps = shape = _shape(text)
+    batch, length, channels, taps = shape = shape_of(
+      text, "B,T,D,L", "2,1024,64,1024"
+    )
     print(f"\n(B, T, D, L) = {shape}", flush=True)
-    ids = np.arange(length, dtype=np.int32) * _DOCUMENTS // length + 1
-    ids = jnp.asarray(np.broadcast_to(ids, (batch, length)))
+    row = np.arange(length, dtype=np.int32) * _DOCUMENTS // length + 1
+    ids = jnp.asarray(np.broadcast_to(row, (batch, length)))
     door = ssmjax.ops.long_conv
     forms = {
       "reference": functools.partial(door, implementation="reference"),
@@ -207,16 +209,6 @@ def _transforms(args):
 
 def _draw(rng):
   return lambda *shape: rng.normal(size=shape)
-
-
-def _shape(text):
-  try:
-    batch, length, channels, taps = map(int, text.split(","))
-  except ValueError:
-    raise SystemExit(
-      f"bench: shapes has {text!r}, expected B,T,D,L such as 2,1024,64,1024."
-    ) from None
-  return batch, length, channels, taps
 
 
 def _write(config, rows):

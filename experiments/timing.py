@@ -1,11 +1,11 @@
-"""Runs in turns and inputs of Mamba's ranges, for the benchmarks."""
+"""Runs in turns, shapes as options and inputs, for the benchmarks."""
 
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["in_turns", "scan_inputs"]
+__all__ = ["in_turns", "scan_inputs", "shape_of"]
 
 
 def in_turns(
@@ -42,3 +42,18 @@ def scan_inputs(
     z=draw(batch, length, channels),
     delta_bias=np.log(np.expm1(step)).astype(np.float32),
   )
+
+
+def shape_of(text: str, axes: str, example: str) -> tuple[int, int, int, int]:
+  """Read a shape of four `axes` given as an option, such as "B,T,D,N".
+
+  Raises:
+    SystemExit: the text is none.
+  """
+  try:
+    first, second, third, fourth = map(int, text.split(","))
+  except ValueError:
+    raise SystemExit(
+      f"bench: shapes has {text!r}, expected {axes} such as {example}."
+    ) from None
+  return first, second, third, fourth
