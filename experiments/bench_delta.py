@@ -1,12 +1,8 @@
 """Time the delta rule in chunks beside the loop over its tokens.
 
 `python -m experiments.bench delta` (under a minute on two cores). `products`
-is the bound of a machine: as many multiplications as the chunks' equations
-have forward, as products of 64 by 64 matrices and nothing else. On two cores of
-a CPU these alone run at 1.4 times the speed of the loop, whose state stays in
-the cache; so forward the chunks are slower there (0.7), and forward and
-backward, where the loop keeps every state, 6 times as fast, in 108 instead of
-3341 MB (experiments/results/delta.json).
+is a bound of the machine: the multiplications of the chunks' equations forward,
+as products of 64 by 64 matrices in the cache and nothing else.
 """
 
 import dataclasses
@@ -21,7 +17,7 @@ import numpy as np
 
 import ssmjax.ops
 from experiments.results import provenance, write_json
-from experiments.timing import in_turns
+from experiments.timing import in_turns, products
 
 __all__ = ["Delta", "bench_delta"]
 
@@ -49,7 +45,7 @@ def bench_delta(config: Delta) -> list[dict]:
       memory[form] = compiled.memory_analysis().temp_size_in_bytes
       runs[form] = functools.partial(_finish, compiled, args)
     if direction == "forward":
-      runs["products"] = _products(config.shape)
+      runs["products"] = products(_multiplications(config.shape))
     times = in_turns(runs, config.repeats)
     base = statistics.median(times["reference"])
     for form, seconds in times.items():
@@ -93,19 +89,12 @@ def _compile(form, direction, args):
   return jax.jit(f).lower(*args).compile()
 
 
-def _products(shape):
-  """A run of no other work than the forward pass's products."""
+def _multiplications(shape):
+  """Those of the forward pass in chunks of 64."""
   batch, length, heads, keys, values = shape
-  size = 64
   # KKᵀ, QKᵀ, PU, half of a square for the system; then W S, Q S and KᵀU.
-  per_token = size * (2 * keys + values + (keys + values) / 2)
-  per_token += 3 * keys * values
-  count = int(batch * length * heads * per_token / size**3)
-  x = jnp.ones((min(count, 1024), size, size), jnp.float32) / size
-  rounds = -(-count // x.shape[0])
-  multiply = lambda i, y: jnp.matmul(y, x, precision="highest")
-  run = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, multiply, x))
-  return functools.partial(_finish, run, (x,))
+  per_token = 64 * (2 * keys + values + (keys + values) / 2)
+  return batch * length * heads * (per_token + 3 * keys * values)
 
 
 def _finish(f, args):

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["in_turns", "scan_inputs", "shape_of"]
+__all__ = ["in_turns", "products", "scan_inputs", "shape_of"]
 
 
 def in_turns(
@@ -22,6 +24,19 @@ def in_turns(
       run()
       times[name].append(time.perf_counter() - start)
   return times
+
+
+def products(multiplications: float) -> Callable[[], object]:
+  """A run of so many, as float32 products of 64 by 64 matrices, no other work.
+
+  Of 64 matrices at once, 1 MiB: they are read from a cache, not from memory.
+  """
+  count, size = 64, 64
+  x = jnp.ones((count, size, size), jnp.float32) / size
+  rounds = round(multiplications / (count * size**3))
+  multiply = lambda _, y: jnp.matmul(y, x, precision="highest")
+  run = jax.jit(lambda y: jax.lax.fori_loop(0, rounds, multiply, y))
+  return lambda: jax.block_until_ready(run(x))
 
 
 def scan_inputs(

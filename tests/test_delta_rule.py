@@ -310,6 +310,38 @@ def test_a_document_that_is_not_finite_stays_alone(form, sick):
     np.testing.assert_array_equal(gradients[name], expected[name])
 
 
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", TOKENS)
+def test_what_is_not_finite_in_a_documents_first_token_is_seen(name):
+  # Where there is no state yet, a decay of NaN would be masked with it.
+  args = cast(make((1, 37, 2, 8, 5), state=False), "float32")
+  ids = np.repeat([1, 2, 3], [20, 10, 7])
+  args["segment_ids"] = jnp.asarray(ids, jnp.int32)[None]
+  run = quick(delta_rule)
+  y, state = run(**args)
+  bad, end = run(**args | {name: args[name].at[0, 20, 0].set(jnp.nan)})
+  assert np.isnan(bad[:, ids == 2, 0]).all()
+  np.testing.assert_array_equal(bad[:, ids != 2], y[:, ids != 2])
+  np.testing.assert_array_equal(bad[:, :, 1], y[:, :, 1])
+  np.testing.assert_array_equal(end, state)
+
+
+@pytest.mark.usefixtures("strict")
+def test_a_batch_under_vmap_is_not_run_twice():
+  # Its careful run is a branch of `cond`; were its predicate batched, both
+  # branches would be taken.
+  args = cast(make((1, 5, 1, 2, 2)), "float32")
+  two = jax.tree.map(lambda x: jnp.stack([x, x]), args)
+  text = lambda f, args: str(jax.make_jaxpr(f)(args))
+  run = lambda args: delta_rule(**args)
+  alone, batched = text(run, args), text(jax.vmap(run), two)
+  assert batched.count("= cond[") == alone.count("= cond[") >= 1
+  two["v"] = two["v"].at[0, 0, 1, 0, 0].set(jnp.nan)
+  (y, _), (expected, _) = quick(jax.vmap(run))(two), quick(run)(args)
+  assert np.isnan(y[0, 0, 1:]).all()
+  np.testing.assert_array_equal(y[1], expected)
+
+
 @pytest.mark.nightly
 @pytest.mark.usefixtures("strict")
 def test_a_state_that_overflows_reaches_no_later_document():

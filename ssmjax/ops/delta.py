@@ -72,9 +72,9 @@ def delta_rule(
     initial_state: S₀, `[B, H, K, P]`; zeros if None.
     segment_ids: `[B, T]` int, 1-based, 0 for padding: see `selective_scan`.
     implementation: `"reference"` (a loop, differentiable to any order),
-      `"chunked"` (matrix products over chunks of 64 tokens, memory linear in
-      T, no state per token; first-order derivatives in reverse mode), or None:
-      chunked.
+      `"chunked"` (matrix products over chunks of 64 tokens, forward on a CPU
+      16, memory linear in T, no state per token; first-order derivatives in
+      reverse mode), or None: chunked.
 
   Returns:
     y `[B, T, H, P]` of v's dtype, and the state after the last non-padding

@@ -12,6 +12,7 @@ Householder-like factors: Yang et al. 2024, §3.2),
 where γₜᵢ, γₜ and γ are the decays from token i, from the chunk's start to
 token t and over the chunk. Chunks of a piece are computed side by side, except
 for S, which goes from one to the next. Kept for backward: S at their starts.
+(Forward on a CPU it is `ops.delta_in_turn`'s blocks of 16 tokens.)
 
 A matrix product multiplies what its other factor masks, and 0 · inf is NaN. So
 that a document which is not finite, or whose state is not, reaches no other,
@@ -25,6 +26,14 @@ import numpy as np
 from jax import lax
 
 from ssmjax.ops.chunk_decay import by_halves
+from ssmjax.ops.delta_in_turn import forward_in_turn
+from ssmjax.ops.delta_parts import (
+  inverses,
+  parts,
+  product,
+  spoil,
+  valid_only,
+)
 from ssmjax.ops.quarantine import after, before, finite_states, take_out
 from ssmjax.ops.varying import match_varying
 
@@ -68,7 +77,8 @@ def _pull(residuals, cotangents):
   (q, k, v, beta, log_a, _, valid, restart), states = residuals
   dy, dfinal = cotangents
   tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
-  span, pad, split, join = _pieces(v.shape[1])
+  chunks, size, pad, split, join = _pieces(v.shape[1])
+  span = chunks * size
   padded = jax.tree.map(pad, (tokens, (valid, restart), dy))
 
   def piece(carry, xs):
@@ -90,9 +100,24 @@ def _pull(residuals, cotangents):
 delta_rule_chunked.defvjp(_keep, _pull)
 
 
-def _forward(q, k, v, beta, log_a, state, valid, restart):
+def _forward(*args):
+  """y, the final state, and `[pieces, n, B, H, K, P]`, those before chunks."""
+  return lax.platform_dependent(*args, cpu=_in_turn, default=_in_pieces)
+
+
+def _in_turn(q, k, v, beta, log_a, state, valid, restart):
   tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
-  span, pad, split, join = _pieces(v.shape[1])
+  chunks, size, pad, *_ = _pieces(v.shape[1])
+  tokens, masks = jax.tree.map(pad, (tokens, (valid, restart)))
+  y, final, states = forward_in_turn(tokens, masks, state, size)
+  states = states.reshape(-1, chunks, *states.shape[1:])
+  return y[:, : v.shape[1]], final, states
+
+
+def _in_pieces(q, k, v, beta, log_a, state, valid, restart):
+  tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
+  chunks, size, pad, split, join = _pieces(v.shape[1])
+  span = chunks * size
   padded = jax.tree.map(pad, (tokens, (valid, restart)))
 
   def piece(carry, i):
@@ -111,7 +136,7 @@ def _forward(q, k, v, beta, log_a, state, valid, restart):
 
 
 def _pieces(length):
-  """The tokens of a piece, and functions that pad, cut and join.
+  """The chunks of a piece, their size, and functions that pad, cut and join.
 
   Padded are `[B, T, H, …]` to whole pieces; a piece of that, or of masks
   without H, is cut as `[B, H, chunks, size, …]`, and joined again.
@@ -135,105 +160,103 @@ def _pieces(length):
     x = jnp.moveaxis(x, 1, 3)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
-  return chunks * size, pad, split, join
+  return chunks, size, pad, split, join
 
 
 def _piece(state, xs):
   """Run the chunks of a piece; y, and the states before each chunk."""
   tokens, (valid, restart) = xs
-  parts = _parts(restart, tokens["v"].shape)
-  tokens, sick = _clean(tokens, valid)
-  f = _factors(tokens, parts, state.dtype)
-  w, u = _solved(f, _inverses(f["system"]))
-  spoiled = after(sick, parts["start"], 3)
+  here = parts(restart, _sizes(tokens))
+  tokens, sick = _cleaned(tokens, valid)
+  f = _factors(tokens, here, state.dtype)
+  w, u = _solved(f, _diagonal(f["system"]))
+  spoiled = after(sick, here["start"], 3)
 
   def chunk(state, xs):
     total, k_up, w, u, stays, ends_sick = xs
     clean, lost = finite_states(state)
-    u = u - _dot("tk,kp->tp", w, clean)
-    new = total[..., None, None] * clean + _dot("tk,tp->kp", k_up, u)
+    u = u - product("tk,kp->tp", w, clean)
+    new = total[..., None, None] * clean + product("tk,tp->kp", k_up, u)
     lost = (lost & stays) | ends_sick
-    return _spoil(new, lost), (state, u)
+    return spoil(new, lost), (state, u)
 
-  xs = (f["total"], f["k_up"], w, u, parts["stays"], spoiled[..., -1])
+  xs = (f["total"], f["k_up"], w, u, here["stays"], spoiled[..., -1])
   state, (states, u) = lax.scan(chunk, state, _chunks_first(xs), unroll=_PIECE)
-  states, u = jnp.moveaxis(states, 0, 2), jnp.moveaxis(u, 0, 2)
-  clean, lost = finite_states(states)
-  y = _dot("tk,kp->tp", f["q_down"], clean) + _dot("ti,ip->tp", f["p"], u)
-  y = _spoil(y, spoiled | (lost[..., None] & parts["sees"]))
-  return state, (_valid_only(y, valid).astype(tokens["v"].dtype), states)
+  u = jnp.moveaxis(u, 0, 2)
+  clean, lost = finite_states(jnp.moveaxis(states, 0, 2))
+  y = product("tk,kp->tp", f["q_down"], clean) + product("ti,ip->tp", f["p"], u)
+  y = spoil(y, spoiled | (lost[..., None] & here["sees"]))
+  return state, (valid_only(y, valid).astype(tokens["v"].dtype), states)
 
 
 def _piece_back(dstate, xs):
   """Go back through a piece; the cotangents of its tokens."""
   (tokens, (valid, restart), dy), states = xs
-  parts = _parts(restart, tokens["v"].shape)
-  tokens, sick = _clean(tokens, valid)
-  f, pull = jax.vjp(
-    lambda tokens: _factors(tokens, parts, dstate.dtype), tokens
-  )
-  inverses = _inverses(f["system"])
-  w, u = _solved(f, inverses)
-  states, lost = finite_states(states)
-  u = u - _dot("tk,kp->tp", w, states)
-  spoiled = after(sick, parts["start"], 3)
-  spoiled |= lost[..., None] & parts["sees"]
-  dy = _valid_only(dy, valid).astype(dstate.dtype)
+  here = parts(restart, _sizes(tokens))
+  tokens, sick = _cleaned(tokens, valid)
+  f, pull = jax.vjp(lambda tokens: _factors(tokens, here, dstate.dtype), tokens)
+  diagonal = _diagonal(f["system"])
+  w, u = _solved(f, diagonal)
+  states, lost = finite_states(jnp.moveaxis(states, 0, 2))
+  u = u - product("tk,kp->tp", w, states)
+  spoiled = after(sick, here["start"], 3)
+  spoiled |= lost[..., None] & here["sees"]
+  dy = valid_only(dy, valid).astype(dstate.dtype)
   spoiled |= ~jnp.isfinite(dy).all(-1)
   dy = jnp.where(spoiled[..., None], 0, dy)
-  spoiled = before(spoiled, parts["end"], 3)
-  du = _dot("ti,tp->ip", f["p"], dy)
-  own = _dot("tk,tp->kp", f["q_down"], dy)
+  spoiled = before(spoiled, here["end"], 3)
+  du = product("ti,tp->ip", f["p"], dy)
+  own = product("tk,tp->kp", f["q_down"], dy)
 
   def chunk(dstate, xs):
     total, k_up, w, own, du, stays, begins_sick = xs
     clean, lost = finite_states(dstate)
-    du = du + _dot("tk,kp->tp", k_up, clean)
-    new = total[..., None, None] * clean + own - _dot("tk,tp->kp", w, du)
+    du = du + product("tk,kp->tp", k_up, clean)
+    new = total[..., None, None] * clean + own - product("tk,tp->kp", w, du)
     lost = (lost & stays) | begins_sick
-    return _spoil(new, lost), (dstate, du)
+    return spoil(new, lost), (dstate, du)
 
-  begins_sick = spoiled[..., 0] & parts["sees"][..., 0]
-  xs = (f["total"], f["k_up"], w, own, du, parts["stays"], begins_sick)
+  begins_sick = spoiled[..., 0] & here["sees"][..., 0]
+  xs = (f["total"], f["k_up"], w, own, du, here["stays"], begins_sick)
   dstate, (dstates, du) = lax.scan(
     chunk, dstate, _chunks_first(xs), reverse=True, unroll=_PIECE
   )
   dstates, du = jnp.moveaxis(dstates, 0, 2), jnp.moveaxis(du, 0, 2)
   dstates, lost = finite_states(dstates)
-  dright = _solve(f["system"], inverses, du, transpose=True)
+  dright = _solve(f["system"], diagonal, du, transpose=True)
   (grads,) = pull(
     dict(
-      system=-_dot("tp,ip->ti", dright, u),
-      p=_dot("tp,ip->ti", dy, u),
-      q_down=_dot("tp,kp->tk", dy, states),
-      k_down=-_dot("tp,kp->tk", dright, states),
-      k_up=_dot("tp,kp->tk", u, dstates),
+      system=-product("tp,ip->ti", dright, u),
+      p=product("tp,ip->ti", dy, u),
+      q_down=product("tp,kp->tk", dy, states),
+      k_down=-product("tp,kp->tk", dright, states),
+      k_up=product("tp,kp->tk", u, dstates),
       write=dright,
       total=(states * dstates).sum((-2, -1)),
     )
   )
-  spoiled |= lost[..., None] & parts["leaves"]
-  grads = jax.tree.map(lambda x: _valid_only(_spoil(x, spoiled), valid), grads)
+  spoiled |= lost[..., None] & here["leaves"]
+  grads = jax.tree.map(lambda x: valid_only(spoil(x, spoiled), valid), grads)
   return dstate, grads
 
 
-def _factors(tokens, parts, dtype):
+def _factors(tokens, here, dtype):
   """All that a chunk's equations take of its tokens, see the module."""
   exact = tokens["q"].dtype == tokens["k"].dtype == jnp.bfloat16
   q, k, v, beta = (tokens[x].astype(dtype) for x in ("q", "k", "v", "beta"))
   # A product of two bfloat16 is exact in one pass of any matrix unit.
   precision = lax.Precision.DEFAULT if exact else lax.Precision.HIGHEST
-  kk = _dot("tk,ik->ti", k, k, precision)
-  p = _dot("tk,ik->ti", q, k, precision)
+  kk = product("tk,ik->ti", k, k, precision)
+  p = product("tk,ik->ti", q, k, precision)
   size = k.shape[-2]
   past = np.tril(np.ones((size, size), bool), -1)[None, None, None]
-  system = jnp.where(parts["mask"] & past, beta[..., None] * kk, 0)
-  p = jnp.where(parts["mask"], p, 0)
-  sees, leaves = parts["sees"][..., None], parts["leaves"][..., None]
+  system = jnp.where(here["mask"] & past, beta[..., None] * kk, 0)
+  p = jnp.where(here["mask"], p, 0)
+  sees, leaves = here["sees"][..., None], here["leaves"][..., None]
   q_down = jnp.where(sees, q, 0)
   k_down = jnp.where(sees, beta[..., None] * k, 0)
   k_up = jnp.where(leaves, k, 0)
-  total = jnp.broadcast_to(parts["stays"], k.shape[:3]).astype(dtype)
+  total = jnp.broadcast_to(here["stays"], k.shape[:3]).astype(dtype)
   total, _ = match_varying(total, k)  # A constant without ids and decays.
   if tokens["log_a"] is not None:
     log_a = tokens["log_a"].astype(dtype)[..., None]
@@ -247,39 +270,37 @@ def _factors(tokens, parts, dtype):
   )  # fmt: skip
 
 
-def _solved(f, inverses):
+def _sizes(tokens):
+  """B, the number of chunks and their size."""
+  batch, _, chunks, size = tokens["beta"].shape
+  return batch, chunks, size
+
+
+def _solved(f, diagonal):
   """(I + L)⁻¹ K↓ and (I + L)⁻¹ βV."""
   keys = f["k_down"].shape[-1]
   right = jnp.concatenate([f["k_down"], f["write"]], -1)
-  solved = _solve(f["system"], inverses, right)
+  solved = _solve(f["system"], diagonal, right)
   return solved[..., :keys], solved[..., keys:]
 
 
-def _inverses(system):
-  """The inverses of the blocks on the diagonal of I + L, row after row."""
+def _diagonal(system):
+  """The inverses of the blocks on the diagonal of I + L."""
   size = system.shape[-1]
   block = min(_BLOCK, size)
-  blocks = jnp.stack(
-    [system[..., i : i + block, i : i + block] for i in range(0, size, block)],
-    -3,
-  )
-  eye = jnp.broadcast_to(jnp.eye(block, dtype=system.dtype), blocks.shape)
-  inverse = eye
-  for i in range(1, block):
-    known = blocks[..., i, :i, None] * inverse[..., :i, :]
-    row = eye[..., i, :] - known.sum(-2)
-    inverse = inverse.at[..., i, :].set(row)
-  return inverse
+  starts = range(0, size, block)
+  blocks = [system[..., i : i + block, i : i + block] for i in starts]
+  return inverses(jnp.stack(blocks, -3))
 
 
-def _solve(system, inverses, right, *, transpose=False):
+def _solve(system, diagonal, right, *, transpose=False):
   """(I + L)⁻¹ R, or (I + L)⁻ᵀ R, a block of rows after the other.
 
   Inverses are of small blocks only. That of all of I + L, made of halves or of
   powers of L, loses digits that substitution keeps: at equal keys and β = 1.9,
   float32, 100 times as much.
   """
-  size, block = system.shape[-1], inverses.shape[-1]
+  size, block = system.shape[-1], diagonal.shape[-1]
   axes = "it,ip->tp" if transpose else "ti,ip->tp"
   solved = None
   for i in range(0, size, block)[:: -1 if transpose else 1]:
@@ -290,8 +311,8 @@ def _solve(system, inverses, right, *, transpose=False):
         known = system[..., i + block :, rows]
       else:
         known = system[..., rows, :i]
-      x = x - _dot(axes, known, solved)
-    x = _dot(axes, inverses[..., i // block, :, :], x)
+      x = x - product(axes, known, solved)
+    x = product(axes, diagonal[..., i // block, :, :], x)
     if solved is None:
       solved = x
     else:
@@ -299,43 +320,13 @@ def _solve(system, inverses, right, *, transpose=False):
   return solved
 
 
-def _parts(restart, shape):
-  """Which tokens of a chunk are of one document, as masks `[B, 1, n, C]`.
-
-  start, end: first and last index of the token's part; sees, leaves: whether
-  it is the first or the last of the chunk; stays: whether there is only one;
-  mask: whether i is in t's part and not after t, `[…, t, i]`.
-  """
-  batch, _, chunks, size, _ = shape
-  time = np.arange(size, dtype=np.int32)
-  mask = (time[:, None] >= time[None])[None, None, None]
-  if restart is None:
-    full = lambda value: jnp.full((batch, 1, chunks, size), value)
-    yes = full(True)
-    return dict(
-      mask=mask, start=full(np.int32(0)), end=full(time[-1]), sees=yes,
-      leaves=yes, stays=yes[..., 0],
-    )  # fmt: skip
-  restart = restart[:, None]
-  time = jnp.broadcast_to(time[None, None, None], restart.shape)
-  number = jnp.cumsum(restart.astype(jnp.int32), -1)
-  start = lax.cummax(jnp.where(restart, time, 0), axis=3)
-  ends = jnp.pad(restart[..., 1:], ((0, 0),) * 3 + ((0, 1),))
-  end = lax.cummin(jnp.where(ends, time, size - 1), axis=3, reverse=True)
-  return dict(
-    mask=mask & (number[..., :, None] == number[..., None, :]),
-    start=start, end=end, sees=number == 0,
-    leaves=number == number[..., -1:], stays=number[..., -1] == 0,
-  )  # fmt: skip
-
-
-def _clean(tokens, valid):
+def _cleaned(tokens, valid):
   """Tokens without padding and without what is not finite, and where that was.
 
   A decay of 0, a log of -inf, is sound.
   """
   tokens = {
-    name: None if x is None else _valid_only(x, valid)
+    name: None if x is None else valid_only(x, valid)
     for name, x in tokens.items()
   }
   sick = jnp.zeros_like(tokens["beta"], bool)
@@ -347,29 +338,5 @@ def _clean(tokens, valid):
   return tokens, sick
 
 
-def _spoil(x, where):
-  return jnp.where(_like(where, x), jnp.nan, x)
-
-
-def _valid_only(x, valid):
-  """x, 0 at padding."""
-  return x if valid is None else jnp.where(_like(valid[:, None], x), x, 0)
-
-
-def _like(mask, x):
-  """The mask with x's rank."""
-  return lax.expand_dims(mask, range(mask.ndim, x.ndim))
-
-
 def _chunks_first(xs):
   return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), xs)
-
-
-def _dot(axes, x, y, precision=lax.Precision.HIGHEST):
-  """Multiply matrices, with all their leading axes; float32 sums."""
-  x_axes, rest = axes.split(",")
-  y_axes, out = rest.split("->")
-  return jnp.einsum(
-    f"...{x_axes},...{y_axes}->...{out}", x, y, precision=precision,
-    preferred_element_type=x.dtype,
-  )  # fmt: skip
