@@ -1,6 +1,7 @@
 """The delta rule: one definition, its chunks, every gradient."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,12 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ssmjax.ops import delta_rule, delta_rule_reference, delta_rule_step
+from ssmjax.ops import (
+  delta,
+  delta_rule,
+  delta_rule_reference,
+  delta_rule_step,
+)
 
 TOKENS = ("q", "k", "v", "beta", "log_a")
 # Decays of which exp(Σ) alone, or a difference of sums, would lose some.
@@ -76,13 +82,27 @@ def pull(function, args):
 
 
 FORMS = ("reference", "chunked")
+# What "chunked" is on TPUs and GPUs.
+AT_ONCE = "at once"
 
 
 @functools.cache
 def pulled(form):
-  return quick(
-    functools.partial(pull, functools.partial(delta_rule, implementation=form))
-  )
+  if form != AT_ONCE:
+    run = functools.partial(delta_rule, implementation=form)
+    return quick(functools.partial(pull, run))
+
+  def pull_at_once(args):
+    other = lambda *args, cpu, default: default(*args)
+    # Not jitted, or it might be found traced for a CPU.
+    inside = delta._delta_rule.__wrapped__
+    with (
+      mock.patch.object(lax, "platform_dependent", other),
+      mock.patch.object(delta, "_delta_rule", inside),
+    ):
+      return pull(delta_rule, args)
+
+  return quick(pull_at_once)
 
 
 @functools.cache
@@ -116,22 +136,26 @@ def truth(args):
     ),
   ],
 )
-def test_chunks_and_gradients_equal_the_definition(case):
+@pytest.mark.parametrize("form", ["chunked", AT_ONCE])
+def test_chunks_and_gradients_equal_the_definition(case, form):
   args = make(**case)
   narrow = cast(args, "float32")
-  actual = pulled("chunked")(narrow)
+  actual = pulled(form)(narrow)
   for x in jax.tree.leaves(actual):
     assert x.dtype == jnp.float32
   assert_close(actual, truth(args), "float32")
 
 
 @pytest.mark.usefixtures("strict")
-def test_equal_keys_at_the_edge_of_stability_are_solved():
+@pytest.mark.parametrize(
+  "form", ["chunked", pytest.param(AT_ONCE, marks=pytest.mark.nightly)]
+)
+def test_equal_keys_at_the_edge_of_stability_are_solved(form):
   # Powers of L reach 10^17 here, and an inverse made of halves loses digits.
   args = make((1, 150, 1, 8, 4), decay=None)
   args["k"][:] = args["k"][:, :1]
   args["beta"][:] = 1.9
-  actual = pulled("chunked")(cast(args, "float32"))
+  actual = pulled(form)(cast(args, "float32"))
   assert_close(actual, truth(args), "float32")
 
 
@@ -259,7 +283,7 @@ def test_documents_in_a_row_are_each_alone_whatever_padding_holds():
   at = lambda x: jnp.asarray(padding).reshape(2, 10, *(1,) * (x.ndim - 2))
   bad = {k: jnp.where(at(args[k]), jnp.nan, args[k]) for k in TOKENS}
   bad["v"] = jnp.where(at(bad["v"]), jnp.inf, args["v"])
-  for form in FORMS:
+  for form in (*FORMS, AT_ONCE):
     dirty = pulled(form)(args | bad | dict(segment_ids=ids))
     clean = pulled(form)(args | dict(segment_ids=ids))
     jax.tree.map(np.testing.assert_array_equal, dirty, clean)
@@ -279,8 +303,14 @@ def test_documents_in_a_row_are_each_alone_whatever_padding_holds():
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("sick", [1, 2, 3])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+  ("form", "sick"),
+  [
+    *((form, sick) for form in FORMS for sick in (1, 2, 3)),
+    *(pytest.param(AT_ONCE, x, marks=pytest.mark.nightly) for x in (1, 3)),
+    (AT_ONCE, 2),
+  ],
+)
 def test_a_document_that_is_not_finite_stays_alone(form, sick):
   # Four chunks; the second document begins in one and ends in the next.
   ends = np.array([60, 75, 90, 130, 200, 230])

@@ -20,15 +20,18 @@ its tokens are taken out and its results are set to NaN, see `quarantine`. (Not
 so what overflows within a chunk of finite tokens, see `delta_rule`.)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ssmjax.ops.chunk_decay import by_halves
+from ssmjax.ops.chunk_decay import by_halves, by_products
 from ssmjax.ops.delta_in_turn import forward_in_turn
 from ssmjax.ops.delta_parts import (
   inverses,
+  inverses_at_once,
   parts,
   product,
   spoil,
@@ -74,6 +77,14 @@ def _keep(*args):
 @_once
 def _pull(residuals, cotangents):
   """Go back through the pieces, each from its chunks' own states."""
+  return lax.platform_dependent(
+    residuals, cotangents,
+    cpu=functools.partial(_backward, (by_halves, inverses)),
+    default=functools.partial(_backward, (by_products, inverses_at_once)),
+  )  # fmt: skip
+
+
+def _backward(forms, residuals, cotangents):
   (q, k, v, beta, log_a, _, valid, restart), states = residuals
   dy, dfinal = cotangents
   tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
@@ -85,7 +96,7 @@ def _pull(residuals, cotangents):
     (dstate, grads), (i, states) = carry, xs
     cut = lambda x: split(lax.dynamic_slice_in_dim(x, i * span, span, 1))
     xs = lax.optimization_barrier(jax.tree.map(cut, padded))
-    dstate, new = _piece_back(dstate, (xs, states))
+    dstate, new = _piece_back(forms, dstate, (xs, states))
     put = lambda x, y: lax.dynamic_update_slice_in_dim(x, join(y), i * span, 1)
     return (dstate, jax.tree.map(put, grads, new)), None
 
@@ -168,8 +179,8 @@ def _piece(state, xs):
   tokens, (valid, restart) = xs
   here = parts(restart, _sizes(tokens))
   tokens, sick = _cleaned(tokens, valid)
-  f = _factors(tokens, here, state.dtype)
-  w, u = _solved(f, _diagonal(f["system"]))
+  f = _factors(by_products, tokens, here, state.dtype)
+  w, u = _solved(f, _diagonal(f["system"], inverses_at_once))
   spoiled = after(sick, here["start"], 3)
 
   def chunk(state, xs):
@@ -189,13 +200,16 @@ def _piece(state, xs):
   return state, (valid_only(y, valid).astype(tokens["v"].dtype), states)
 
 
-def _piece_back(dstate, xs):
+def _piece_back(forms, dstate, xs):
   """Go back through a piece; the cotangents of its tokens."""
+  headwise, inverses = forms
   (tokens, (valid, restart), dy), states = xs
   here = parts(restart, _sizes(tokens))
   tokens, sick = _cleaned(tokens, valid)
-  f, pull = jax.vjp(lambda tokens: _factors(tokens, here, dstate.dtype), tokens)
-  diagonal = _diagonal(f["system"])
+  f, pull = jax.vjp(
+    lambda tokens: _factors(headwise, tokens, here, dstate.dtype), tokens
+  )
+  diagonal = _diagonal(f["system"], inverses)
   w, u = _solved(f, diagonal)
   states, lost = finite_states(jnp.moveaxis(states, 0, 2))
   u = u - product("tk,kp->tp", w, states)
@@ -240,7 +254,7 @@ def _piece_back(dstate, xs):
   return dstate, grads
 
 
-def _factors(tokens, here, dtype):
+def _factors(headwise, tokens, here, dtype):
   """All that a chunk's equations take of its tokens, see the module."""
   exact = tokens["q"].dtype == tokens["k"].dtype == jnp.bfloat16
   q, k, v, beta = (tokens[x].astype(dtype) for x in ("q", "k", "v", "beta"))
@@ -260,7 +274,7 @@ def _factors(tokens, here, dtype):
   total, _ = match_varying(total, k)  # A constant without ids and decays.
   if tokens["log_a"] is not None:
     log_a = tokens["log_a"].astype(dtype)[..., None]
-    decay, into, out, whole = by_halves(log_a, before=False)
+    decay, into, out, whole = headwise(log_a, before=False)
     system, p = system * decay, p * decay
     q_down, k_down, k_up = q_down * into, k_down * into, k_up * out
     total = total * whole[..., 0]
@@ -284,7 +298,7 @@ def _solved(f, diagonal):
   return solved[..., :keys], solved[..., keys:]
 
 
-def _diagonal(system):
+def _diagonal(system, inverses):
   """The inverses of the blocks on the diagonal of I + L."""
   size = system.shape[-1]
   block = min(_BLOCK, size)

@@ -4,7 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["inverses", "parts", "product", "spoil", "valid_only"]
+__all__ = [
+  "inverses",
+  "inverses_at_once",
+  "parts",
+  "product",
+  "spoil",
+  "valid_only",
+]
 
 
 def inverses(blocks):
@@ -19,6 +26,18 @@ def inverses(blocks):
     # Or each row would form those before it again.
     rows.append(lax.optimization_barrier(row))
   return jnp.stack(rows, -2)
+
+
+def inverses_at_once(blocks):
+  """As `inverses`; systems are the last axis, which fills a TPU's lanes."""
+  size = blocks.shape[-1]
+  systems = jnp.moveaxis(blocks.reshape(-1, size, size), 0, -1)
+  eye = np.eye(size, dtype=blocks.dtype)[..., None]
+  inverse = jnp.broadcast_to(eye, systems.shape)
+  for i in range(1, size):
+    known = systems[i, :i, None] * inverse[:i]
+    inverse = inverse.at[i].add(-known.sum(0))
+  return jnp.moveaxis(inverse, -1, 0).reshape(blocks.shape)
 
 
 def parts(restart, shape):
