@@ -22,6 +22,7 @@ same, so that nothing else changes by a bit.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,8 @@ def _forward(tokens, masks, state, *, size, careful):
   """As `forward_in_turn`, and whether all is finite."""
   (batch, heads), length = state.shape[:2], tokens["v"].shape[1]
   valid, restart = masks
-  middle = heads // 2  # Of one head there is one group.
-  groups = [slice(0, middle), slice(middle, heads)][0 if middle else 1 :]
+  cuts = [0, heads // 2, heads] if heads > 1 else [0, heads]
+  groups = [slice(*pair) for pair in itertools.pairwise(cuts)]
   split = lambda x: [x[:, g].reshape(-1, *x.shape[2:]) for g in groups]
   by_row = lambda x: x.reshape(batch, -1, *x.shape[1:])
   join = lambda states: jnp.concatenate([by_row(x) for x in states], 1)
