@@ -345,15 +345,19 @@ def test_a_document_that_is_not_finite_stays_alone(form, sick):
 def test_what_is_not_finite_in_a_documents_first_token_is_seen(name):
   # Where there is no state yet, a decay of NaN would be masked with it.
   args = cast(make((1, 37, 2, 8, 5), state=False), "float32")
-  ids = np.repeat([1, 2, 3], [20, 10, 7])
-  args["segment_ids"] = jnp.asarray(ids, jnp.int32)[None]
   run = quick(delta_rule)
-  y, state = run(**args)
-  bad, end = run(**args | {name: args[name].at[0, 20, 0].set(jnp.nan)})
-  assert np.isnan(bad[:, ids == 2, 0]).all()
-  np.testing.assert_array_equal(bad[:, ids != 2], y[:, ids != 2])
-  np.testing.assert_array_equal(bad[:, :, 1], y[:, :, 1])
-  np.testing.assert_array_equal(end, state)
+  # First, within and last in a block of 16.
+  for start in (16, 20, 31):
+    ids = np.repeat([1, 2, 3], [start, 3, 34 - start])
+    args["segment_ids"] = jnp.asarray(ids, jnp.int32)[None]
+    y, state = run(**args)
+    for value in (jnp.nan, jnp.inf):
+      sick = args[name].at[0, start, 0].set(value)
+      bad, end = run(**args | {name: sick})
+      assert np.isnan(bad[:, ids == 2, 0]).all()
+      np.testing.assert_array_equal(bad[:, ids != 2], y[:, ids != 2])
+      np.testing.assert_array_equal(bad[:, :, 1], y[:, :, 1])
+      np.testing.assert_array_equal(end, state)
 
 
 @pytest.mark.usefixtures("strict")

@@ -85,6 +85,7 @@ def _pull(residuals, cotangents):
 
 
 def _backward(forms, residuals, cotangents):
+  """`_pull` with a platform's forms of decays and of small inverses."""
   (q, k, v, beta, log_a, _, valid, restart), states = residuals
   dy, dfinal = cotangents
   tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
@@ -117,6 +118,7 @@ def _forward(*args):
 
 
 def _in_turn(q, k, v, beta, log_a, state, valid, restart):
+  """`_forward` on CPUs."""
   tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
   chunks, size, pad, *_ = _pieces(v.shape[1])
   tokens, masks = jax.tree.map(pad, (tokens, (valid, restart)))
@@ -126,6 +128,7 @@ def _in_turn(q, k, v, beta, log_a, state, valid, restart):
 
 
 def _in_pieces(q, k, v, beta, log_a, state, valid, restart):
+  """`_forward` on accelerators."""
   tokens = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
   chunks, size, pad, split, join = _pieces(v.shape[1])
   span = chunks * size

@@ -182,8 +182,6 @@ def _blocks(tokens, restart, careful):
 
   count, rows, block, _ = beta.shape
   between, into, out, keep, change = _decays(tokens["log_a"], beta)
-  # Before the masks: a document's first decay has nothing to act on.
-  fine = jnp.isfinite(change).all()
   met = np.tril(np.ones((1, 1, block, block), bool))
   extra = {}
   if restart is not None:
@@ -204,7 +202,7 @@ def _blocks(tokens, restart, careful):
   p = jnp.where(met, scores[:, :, :block], 0) * between
   system = jnp.where(past, scores[:, :, block:], 0) * between * beta
   p, system = lax.optimization_barrier((p, system))
-  fine &= jnp.isfinite(p).all()
+  fine = jnp.isfinite(p).all()
 
   stacked = dict(beta=beta, into=into, keep=keep, change=change)
   stacked |= dict(inverse=inverses(system), **extra)
@@ -221,6 +219,9 @@ def _decays(log_a, beta):
 
   Near 1 these are 1 and the difference, for there are many blocks: the same
   rounding of each, half a unit of 1, would add up.
+
+  One decay that is not finite is in all of the sums, as 0 · NaN, and so in what
+  the block writes, also where masks take out the decay itself.
   """
   if log_a is None:
     one = jnp.ones_like(beta)
