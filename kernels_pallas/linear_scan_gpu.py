@@ -28,40 +28,13 @@ from jax.experimental.mosaic.gpu import utils as gpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.costs import linear_scan_cost
+from kernels_pallas.linear_scan_gpu_tiling import (
+  THREADS,
+  Tiling,
+  default_tiling,
+)
 
 __all__ = ["Tiling", "backward", "default_tiling", "forward"]
-
-_THREADS = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-  """How a block of threads goes through its row.
-
-  Attributes:
-    time: steps of a tile, a multiple of `kept`.
-    channels: channels of a tile, a multiple of 128.
-    kept: steps between two states that the backward pass starts from.
-    stages: tiles that are on their way at once.
-  """
-
-  time: int = 32
-  channels: int = _THREADS
-  kept: int = 16
-  stages: int = 3
-
-
-def default_tiling(a_dtype, b_dtype) -> Tiling:
-  """Return tiles of about 32 KiB of a and b, three of them under way.
-
-  To saturate its memory an H200 must have some 25 KiB on the way to each
-  multiprocessor (4.8 TB/s times about 0.7 µs over 132 of them); three tiles
-  of 32 KiB (48 with ȳ) are more, and less than the 163 KiB of shared memory
-  of an A100, the smallest of the chips. Channels stay at one a thread: more
-  would leave multiprocessors without work before any is short of it.
-  """
-  wide = a_dtype.itemsize + b_dtype.itemsize
-  return Tiling(time=32 if wide > 4 else 64)
 
 
 def forward(
@@ -215,7 +188,7 @@ def _codes(valid, restart, plan):
   codes = jnp.pad(codes, ((0, 0), (0, -plan.length % time)))
   tiles = codes.reshape(plan.rows, -1, time)
   # Copies on sm_80 take multiples of 128 elements.
-  tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, -time % _THREADS)))
+  tiles = jnp.pad(tiles, ((0, 0), (0, 0), (0, -time % THREADS)))
   return tiles.reshape(plan.rows, -1)
 
 
@@ -345,7 +318,7 @@ class _Walk:
   def _steps(self, name):
     """Entries of a time tile."""
     time, kept = self.plan.tiling.time, self.plan.tiling.kept
-    special = dict(states=time // kept, codes=-(-time // _THREADS) * _THREADS)
+    special = dict(states=time // kept, codes=-(-time // THREADS) * THREADS)
     return special.get(name, time)
 
   def _spec(self, name, ref, whole, reverse):
@@ -458,5 +431,5 @@ def _meet():
 
 def _row(x):
   """A row of channels, in the layout in which rows are read and written."""
-  layout = plgpu.Layout.WG_STRIDED(x.shape, vec_size=x.size // _THREADS)
+  layout = plgpu.Layout.WG_STRIDED(x.shape, vec_size=x.size // THREADS)
   return plgpu.layout_cast(x, layout)

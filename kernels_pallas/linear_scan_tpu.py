@@ -28,33 +28,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.costs import linear_scan_cost
+from kernels_pallas.linear_scan_tpu_tiling import (
+  GROUP,
+  LANES,
+  Tiling,
+  default_tiling,
+)
 
 __all__ = ["Tiling", "backward", "default_tiling", "forward"]
 
-_LANES = 128
 _SUBLANES = 8
-# bfloat16 packs two steps into a sublane, so 16 steps fill its registers.
-_GROUP = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-  """Steps (a multiple of 16, of 128 if T has several tiles) and channels."""
-
-  time: int
-  channels: int
-
-
-def default_tiling(T: int, D: int) -> Tiling:
-  """Return tiles of up to 512 steps × 512 channels, as even as they can be.
-
-  In float32 the backward pass then holds two buffers of five such tiles and
-  one of scratch, 11 MiB, which fits the 16 MiB that every TPU since v4 grants
-  a kernel; a smaller tile would move too little per step of the grid to hide
-  the step's own cost. bfloat16 takes the same tiles: its scratch is float32.
-  """
-  steps = _even(T, 512, _LANES if T > 512 else _GROUP)
-  return Tiling(steps, _even(D, 512, _LANES))
 
 
 def forward(
@@ -138,12 +121,6 @@ def backward(
   return da, db, dstate[:, 0]
 
 
-def _even(size, limit, multiple):
-  """Pieces as even as multiples can be, no more of them than limit asks."""
-  pieces = pl.cdiv(size, limit)
-  return pl.cdiv(pl.cdiv(size, pieces), multiple) * multiple
-
-
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
   """Block specs of a call; `flip` runs the time tiles from the last."""
@@ -202,14 +179,14 @@ class _Tiles:
     return pltpu.VMEM((self.tiling.time, self.tiling.channels), jnp.float32)
 
   def code_columns(self):
-    return pltpu.VMEM((_whole_lanes(self.tiling.time), _LANES), jnp.int32)
+    return pltpu.VMEM((_whole_lanes(self.tiling.time), LANES), jnp.int32)
 
   def _time(self, i):
     return self.count - 1 - i if self.flip else i
 
 
 def _whole_lanes(steps):
-  return pl.cdiv(steps, _LANES) * _LANES
+  return pl.cdiv(steps, LANES) * LANES
 
 
 def _call(
@@ -364,11 +341,11 @@ def _turn(code_ref, columns_ref):
   """Codes lie along lanes; here each gets a row of its own, on all lanes."""
 
   def piece(i, _):
-    at = pl.ds(pl.multiple_of(i * _LANES, _LANES), _LANES)
-    codes = jnp.broadcast_to(code_ref[:, at], (_LANES, _LANES))
+    at = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+    codes = jnp.broadcast_to(code_ref[:, at], (LANES, LANES))
     columns_ref[at, :] = codes.T
 
-  lax.fori_loop(0, columns_ref.shape[0] // _LANES, piece, None)
+  lax.fori_loop(0, columns_ref.shape[0] // LANES, piece, None)
 
 
 class _Scan:
@@ -392,7 +369,7 @@ class _Scan:
       return _Mask(self.position, None, None, self.reverse)
     start = pl.multiple_of(at + part.start, _SUBLANES)
     code = self.columns_ref[pl.ds(start, _SUBLANES), :]
-    code = jnp.concatenate([code] * (self.channels // _LANES), axis=1)
+    code = jnp.concatenate([code] * (self.channels // LANES), axis=1)
     near = (code >> (5 if self.adjoint else 1)) & 15
     return _Mask(self.position, (code & 1) == 1, near, self.reverse)
 
@@ -465,18 +442,18 @@ def _delay(x, carry, mask):
 
 def _groups(ref, body, carry, reverse):
   """carry = body(first step, carry) for each 16 steps of a tile."""
-  groups = ref.shape[0] // _GROUP
+  groups = ref.shape[0] // GROUP
 
   def step(i, carry):
     i = groups - 1 - i if reverse else i
-    return body(pl.multiple_of(i * _GROUP, _GROUP), carry)
+    return body(pl.multiple_of(i * GROUP, GROUP), carry)
 
   return lax.fori_loop(0, groups, step, carry)
 
 
 def _parts(reverse):
   """The two halves of a group, each a register high, in the scan's order."""
-  parts = (slice(0, _SUBLANES), slice(_SUBLANES, _GROUP))
+  parts = (slice(0, _SUBLANES), slice(_SUBLANES, GROUP))
   return parts[::-1] if reverse else parts
 
 
@@ -484,13 +461,13 @@ def _read(ref, at):
   """16 steps in float32; one that is constant as often."""
   if ref.shape[0] == 1:
     row = ref[...].astype(jnp.float32)
-    return jnp.broadcast_to(row, (_GROUP, row.shape[1]))
-  return ref[pl.ds(at, _GROUP), :].astype(jnp.float32)
+    return jnp.broadcast_to(row, (GROUP, row.shape[1]))
+  return ref[pl.ds(at, GROUP), :].astype(jnp.float32)
 
 
 def _write(ref, at, rows, reverse):
   rows = jnp.concatenate(rows[::-1] if reverse else rows, axis=0)
-  ref[pl.ds(at, _GROUP), :] = rows.astype(ref.dtype)
+  ref[pl.ds(at, GROUP), :] = rows.astype(ref.dtype)
 
 
 def _spread(row):

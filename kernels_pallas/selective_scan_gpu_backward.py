@@ -18,7 +18,11 @@ from kernels_pallas import selective_scan_gpu_block as on
 from kernels_pallas import selective_scan_gpu_plan as planning
 from kernels_pallas.costs import selective_scan_cost
 from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling
-from kernels_pallas.selective_scan_gpu_tiling import check_size, default_tiling
+from kernels_pallas.selective_scan_gpu_tiling import (
+  check_size,
+  default_tiling,
+  widest,
+)
 from ssmjax.types import Array
 
 __all__ = ["backward"]
@@ -56,7 +60,7 @@ def backward(
   assert u is not None
   assert B is not None
   assert states is not None
-  itemsize = on.widest(rows)
+  itemsize = widest(rows)
   if tiling is None:
     tiling = default_tiling(
       B.shape[2], ones=ones, itemsize=itemsize, backward=True

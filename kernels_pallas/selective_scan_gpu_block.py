@@ -40,7 +40,6 @@ __all__ = [
   "token_map",
   "token_valid",
   "unrolled_loop",
-  "widest",
   "zero_states",
 ]
 
@@ -66,12 +65,6 @@ def kernel_inputs(plan: Plan, rows, shared) -> dict[str, Array]:
     if shared[name] is not None:
       inputs[name] = plan.pad_channels(shared[name])
   return inputs
-
-
-def widest(rows) -> int:
-  """Bytes of an element of the widest of the arrays that have channels."""
-  named = (rows.get(name) for name in ("u", "delta", "z", "d_y"))
-  return max(x.dtype.itemsize for x in named if x is not None)
 
 
 def meet() -> None:

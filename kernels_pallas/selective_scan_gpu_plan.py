@@ -5,6 +5,8 @@ channels and walks through time in chunks. The state of a channel is spread
 over `lanes` neighbouring threads, so that each holds a few of its N elements
 in registers; `copies` more tiles may share the block, which then reads B and
 C once for all of them.
+
+Sizes are known without Pallas, which is imported where a layout is asked for.
 """
 
 import dataclasses
@@ -12,7 +14,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import selective_scan_gpu_chip as chip
 from ssmjax.types import Array
@@ -206,6 +207,8 @@ class Plan:
 
   def layout_of(self, columns: int):
     """Registers of `[128 / lanes, columns]`, a multiple of lanes."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     lanes = self.tiling.lanes
     each = columns // lanes
     vector = next(v for v in (4, 2, 1) if each % v == 0)
@@ -225,6 +228,8 @@ class Plan:
   @property
   def block_layout(self):
     """Registers of `[4 n, width]`: a warp has whole rows of channels."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     width = self.tiling.width
     if width < 32:
       # Two or four rows to a warp.
@@ -238,6 +243,8 @@ class Plan:
   @property
   def scalar_layout(self):
     """Registers of `[4 n, 4]`, the tokens' scalars beside a block's rows."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     rows = self.block_rows // 4
     every = plgpu.Replicated(32 // rows)
     if rows == 1:

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 from kernels_pallas import selective_scan_gpu_chip as chip
-from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling
+from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling, plan
 from ssmjax.types import Array
 
-__all__ = ["check_size", "default_tiling", "shared_bytes"]
+__all__ = ["check_size", "default_tiling", "saved", "shared_bytes", "widest"]
 
 # Each array in shared memory starts at whole 1024 bytes, for swizzles; barriers
 # and the start itself take two such units (Mosaic's own account of a kernel).
@@ -55,6 +58,25 @@ def default_tiling(
     for stages in (2, 1)
   ]
   return tilings[need(tilings[0], False) > limit]
+
+
+def saved(rows, shared, *, ones: int, **static) -> tuple:
+  """Give the shapes of the parts of the states that the forward pass keeps."""
+  states, itemsize = rows["B"].shape[-1], widest(rows)
+  tiling = default_tiling(states, ones=ones, itemsize=itemsize)
+  sizes = plan(rows, shared, ones, tiling)
+  return tuple(
+    jax.ShapeDtypeStruct(
+      (sizes.rows, sizes.chunks, sizes.depth, columns), jnp.float32
+    )
+    for columns in sizes.parts.values()
+  )
+
+
+def widest(rows) -> int:
+  """Bytes of an element of the widest of the arrays that have channels."""
+  named = (rows.get(name) for name in ("u", "delta", "z", "d_y"))
+  return max(x.dtype.itemsize for x in named if x is not None)
 
 
 def check_size(plan: Plan, x: Array, itemsize: int, backward: bool) -> Array:

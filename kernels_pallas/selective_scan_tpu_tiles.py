@@ -4,8 +4,6 @@ What both passes share: how arrays are cut into blocks around the kernel, and
 how a kernel finds tokens, channels and numbers in its scratch.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,54 +11,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-__all__ = ["Call", "Tiles", "Tiling", "default_tiling", "sigmoid", "softplus"]
+from kernels_pallas.selective_scan_tpu_tiling import (
+  GROUP,
+  LANES,
+  Tiling,
+  ceil,
+  default_tiling,
+  sizes,
+)
 
-LANES, GROUP = 128, 8  # A register's lanes; tokens that are handled together.
+__all__ = [
+  "GROUP",
+  "LANES",
+  "Call",
+  "Tiles",
+  "Tiling",
+  "default_tiling",
+  "sigmoid",
+  "softplus",
+]
+
 LOG2E = float(np.log2(np.e))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-  """What one step of the grid works on.
-
-  Attributes:
-    time: tokens, a multiple of 16.
-    sublanes: channels / 128, at most 8: fewer leave a register part empty.
-    states: how many n are scanned together; more than 16 spill registers.
-  """
-
-  time: int
-  sublanes: int
-  states: int
-
-
-def default_tiling(
-  length: int,
-  channels: int,
-  states: int,
-  *,
-  backward: bool = False,
-  vmem: int = 12 << 20,
-) -> Tiling:
-  """Choose tiles for a scan of T, D, N, within `vmem` bytes of scratch.
-
-  The default fits the 16 MiB that a kernel gets on every TPU since v5e.
-  """
-  tiles = _ceil(channels, 8 * LANES)
-  sublanes = _ceil(_ceil(channels, LANES), tiles)
-  blocks = _ceil(states, 16)
-  block = _ceil(states, blocks)
-  # Bytes for each token: B and C spread over lanes; rows of Δ and the like;
-  # the blocks of inputs and outputs, each twice, of which those of numbers
-  # take 128 lanes; and for the adjoint of every state.
-  register, row = 4 * 8 * LANES, 4 * LANES
-  per_token = 2 * block * row + 3 * register + 8 * register
-  per_token += (4 * blocks + 6) * row
-  if backward:
-    per_token += 9 * register + (2 * blocks + 2) * row + block * register
-  fits = (vmem - 12 * register * blocks * block) // per_token // 16 * 16
-  time = max(16, min(fits, 64 if backward else 128, _ceil(length, 16) * 16))
-  return Tiling(time, sublanes, block)
 
 
 class Tiles:
@@ -80,19 +51,16 @@ class Tiles:
     self.time, self.sublanes, self.block = (
       tiling.time, tiling.sublanes, tiling.states,
     )  # fmt: skip
-    self.blocks = _ceil(self.count, self.block)
-    self.times = _ceil(self.length, self.time)
+    self.blocks = ceil(self.count, self.block)
+    self.times, self.state_shape = sizes(rows, tiling)
     self.lanes = self.sublanes * LANES
-    self.tiles = _ceil(self.width, self.lanes)
+    self.tiles = ceil(self.width, self.lanes)
     self.groups = self.time // GROUP
     self.ragged_time = self.length % self.time != 0
     self.columns = [k for k in ("restart", "direct") if rows[k] is not None]
     if rows["valid"] is not None or self.ragged_time:
       self.columns.append("valid")
     self.ragged_width = self.width % self.lanes != 0
-    self.state_shape = (
-      self.batch, self.blocks * self.block, self.tiles, self.sublanes, LANES,
-    )  # fmt: skip
 
   # What surrounds the kernel: arrays as it wants them, and their blocks.
 
@@ -211,7 +179,7 @@ class Tiles:
 
   def for_blocks(self, body):
     """`body(k, first)` for each block; those with one-channels unrolled."""
-    unrolled = max(1, _ceil(self.ones, self.block))
+    unrolled = max(1, ceil(self.ones, self.block))
     for k in range(unrolled):
       body(k, k == 0)
     if unrolled < self.blocks:
@@ -408,7 +376,3 @@ _POLYNOMIAL = (
 def _inverse(x):
   """1 / x for x in [1, 2]."""
   return pltpu.reciprocal(x, full_range=False)
-
-
-def _ceil(a, b):
-  return -(-a // b)

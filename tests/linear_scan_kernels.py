@@ -13,18 +13,17 @@ from test_linear_scan import cast, make, pull, truth
 
 import kernels_pallas
 from ssmjax.ops import linear_scan
-from ssmjax.ops.scan_fused import fused
+from ssmjax.ops.scan_fused import flattened, fused
 from ssmjax.ops.segments import segment_masks
 
 
 def scan(kernels, interpret, tiling=None):
   """`linear_scan` on one backend's interpreted kernels."""
-  form = fused(
-    *(
-      functools.partial(f, interpret=interpret, tiling=tiling)
-      for f in (kernels.forward, kernels.backward)
-    )
+  passes = (
+    functools.partial(f, interpret=interpret, tiling=tiling)
+    for f in (kernels.forward, kernels.backward)
   )
+  form = fused(*flattened(*passes))
 
   def run(a, b, initial_state, segment_ids=None, *, reverse=False):
     masks = segment_masks(segment_ids, reverse=reverse)
@@ -97,9 +96,9 @@ def check_vmap(kernels, interpret):
     assert_close(mapped(run)(args), mapped(reference)(args))
 
 
-def check_lowering(kernels, platform, monkeypatch):
+def check_lowering(platform, monkeypatch):
   """The public op finds the kernels, wherever a program is made of it."""
-  found = {platform: (kernels.forward, kernels.backward)}
+  found = {platform: kernels_pallas.kernels("linear_scan")[platform]}
   monkeypatch.setattr(kernels_pallas, "kernels", lambda op: found)
   jax.clear_caches()
   x = jax.ShapeDtypeStruct((8, 64, 256), jnp.bfloat16)

@@ -12,7 +12,7 @@ from checks import assert_close, quick
 from jax import export, lax
 
 import kernels_pallas
-from ssmjax.ops import dispatch, linear_scan, selective_scan
+from ssmjax.ops import linear_scan, platform_passes, selective_scan
 from ssmjax.types import Polarization
 
 OPS = {
@@ -57,10 +57,15 @@ def fake_selective(marker):
   def backward(rows, shared, **static):
     grads = {k: v for k, v in rows.items() if v is not None}
     grads["u"] = call(marker, rows["d_y"], rows["delta"])
+    grads["initial_state"] = rows["d_final"]
     rows_of = lambda x: jnp.zeros((rows["u"].shape[0], *x.shape[1:]), x.dtype)
     return grads | jax.tree.map(rows_of, shared)
 
-  return forward, backward
+  def saved(rows, shared, **static):
+    R, _, D = rows["u"].shape
+    return jax.ShapeDtypeStruct((R, rows["B"].shape[-1], D), jnp.float32)
+
+  return kernels_pallas.Kernel(forward, backward, saved)
 
 
 def fake_linear(marker):
@@ -72,7 +77,10 @@ def fake_linear(marker):
   def backward(a, b, states, valid, restart, dy, dfinal, *, reverse):
     return a, call(marker, b, dy), dfinal
 
-  return forward, backward
+  def saved(a, b, **static):
+    return jax.ShapeDtypeStruct((b.shape[0], b.shape[2]), jnp.float32)
+
+  return kernels_pallas.Kernel(forward, backward, saved)
 
 
 @pytest.fixture
@@ -194,7 +202,7 @@ def test_pallas_names_what_a_selective_scan_has_that_no_kernel_takes(
 
 
 def test_an_old_gpu_takes_the_fall_back(with_kernels):
-  with_kernels.setattr(dispatch, "_visible_gpu_is_old", lambda: True)
+  with_kernels.setattr(platform_passes, "visible_gpu_is_old", lambda: True)
   run = OPS["linear_scan"]()
   assert "fake" not in lowered(run, *arguments(), platform="cuda")
   assert "fake_tpu" in lowered(run, *arguments(), platform="tpu")
@@ -211,11 +219,11 @@ def test_a_gpu_is_old_below_sm_80(capabilities, old, monkeypatch):
   device = lambda c: type("Device", (), dict(compute_capability=c))()
   devices = lambda backend: [device(c) for c in capabilities]
   monkeypatch.setattr(jax, "local_devices", devices)
-  assert dispatch._visible_gpu_is_old() == old
+  assert platform_passes.visible_gpu_is_old() == old
 
 
 def test_without_a_gpu_none_is_old():
-  assert not dispatch._visible_gpu_is_old()
+  assert not platform_passes.visible_gpu_is_old()
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -235,8 +243,8 @@ def test_none_survives_vmap_remat_and_a_scan_over_layers(op, with_kernels):
 
 
 def test_what_a_kernel_saves_takes_no_memory_on_other_platforms(monkeypatch):
-  # Residuals of all branches leave a conditional, those of the branches that
-  # are not taken as zeros; the compiler must find that nobody reads them.
+  # What other platforms would save leaves the forward pass as zeros; the
+  # compiler must find that nobody reads them.
   shape = (1, 64, 8, 64)
 
   def forward(rows, shared, *, keep, **static):
@@ -246,7 +254,11 @@ def test_what_a_kernel_saves_takes_no_memory_on_other_platforms(monkeypatch):
 
   def backward(rows, shared, **static):
     slope = rows["d_y"] * rows["states"].sum(-1)
-    return rows | dict(u=slope, A=shared["A"])
+    state = rows["d_final"]
+    return rows | dict(u=slope, A=shared["A"], initial_state=state)
+
+  def saved(rows, shared, **static):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
   def loss(A, u):
     def layer(u, A):
@@ -262,8 +274,9 @@ def test_what_a_kernel_saves_takes_no_memory_on_other_platforms(monkeypatch):
     compiled = jax.jit(jax.grad(loss)).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
+  kernel = kernels_pallas.Kernel(forward, backward, saved)
   alone = temporary({})
-  beside = temporary(dict.fromkeys(("tpu", "cuda"), (forward, backward)))
+  beside = temporary(dict.fromkeys(("tpu", "cuda"), kernel))
   jax.clear_caches()
   assert beside < alone + 4 * np.prod(shape)
 
@@ -330,13 +343,20 @@ def test_first_use_of_an_op_does_not_compile_its_program_twice():
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_kernels_are_imported_when_an_op_is_first_used():
+def test_a_program_for_a_cpu_imports_no_kernel_and_no_pallas():
   code = (
-    "import sys, jax.numpy as jnp, ssmjax.ops as ops\n"
-    "x = jnp.ones((1, 2, 1))\n"
-    "ops.linear_scan(x, x, implementation='associative')\n"
-    "assert 'kernels_pallas.linear_scan_gpu' not in sys.modules\n"
-    "ops.linear_scan(x, x)\n"
-    "assert 'kernels_pallas.linear_scan_gpu' in sys.modules\n"
+    "import sys, jax, jax.numpy as jnp\n"
+    "from ssmjax import models, ops\n"
+    "x = jnp.ones((1, 2, 2))\n"
+    "scan = lambda x: ops.selective_scan(x, x, -x[0].T, x, x)[0].sum()\n"
+    "jax.grad(scan)(x)\n"
+    "jax.grad(lambda x: ops.linear_scan(x, x)[0].sum())(x)\n"
+    "ops.selective_step(*[x[0]] * 5, state=jnp.ones((2, 2, 2)))\n"
+    "found = {'jax.experimental.pallas', 'jax._src.pallas.pallas_call'}\n"
+    "found |= {f'kernels_pallas.selective_scan_{p}' for p in ('tpu', 'gpu')}\n"
+    "found |= {f'kernels_pallas.linear_scan_{p}' for p in ('tpu', 'gpu')}\n"
+    "found |= {'kernels_pallas.selective_step_tpu'}\n"
+    "found &= set(sys.modules)\n"
+    "assert not found, found\n"
   )
   subprocess.run([sys.executable, "-c", code], check=True)

@@ -62,7 +62,7 @@ def test_a_mapped_axis_becomes_rows():
 
 @pytest.mark.usefixtures("strict")
 def test_kernels_are_lowered_alone_sharded_mapped_and_exported(monkeypatch):
-  check_lowering(linear_scan_gpu, "cuda", monkeypatch)
+  check_lowering("cuda", monkeypatch)
 
 
 def test_tiles_fit_the_shared_memory_of_every_chip():

@@ -63,7 +63,7 @@ def test_a_mapped_axis_becomes_rows():
 
 @pytest.mark.usefixtures("strict")
 def test_kernels_are_lowered_alone_sharded_mapped_and_exported(monkeypatch):
-  check_lowering(linear_scan_tpu, "tpu", monkeypatch)
+  check_lowering("tpu", monkeypatch)
 
 
 def test_tiles_are_even_and_fit_what_a_kernel_is_granted():

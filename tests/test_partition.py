@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from checks import assert_close, quick
 from flax import nnx
-from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 
 import kernels_pallas
 from ssmjax.models import LanguageModel, ModelConfig
-from ssmjax.ops import dispatch, linear_scan, selective_scan
+from ssmjax.ops import linear_scan, selective_scan
 from ssmjax.ops.selective_chunked_backward import backward_blocks
-from ssmjax.ops.selective_chunked_forward import forward_blocks
+from ssmjax.ops.selective_chunked_forward import forward_blocks, saved_blocks
 from ssmjax.types import Polarization
 
 B, T, D, N = 4, 24, 16, 3
@@ -124,6 +123,35 @@ def test_every_implementation_takes_shardings_in_types(
   assert_close(jax.device_get(actual), expected(op))
 
 
+@pytest.mark.parametrize("spec", by_day("rows and channels"))
+@pytest.mark.parametrize("op", OPS)
+def test_scan_of_arrays_on_a_mesh_that_was_not_set_is_equal(op, spec, strict):
+  args = put(*arrays(op), square("auto"), SPECS[spec])
+  assert_close(jax.device_get(quick(gradient(op))(*args)), expected(op))
+
+
+def test_scan_whose_mesh_no_argument_has_is_divided_over_its_rows(strict):
+  # Of host arrays with in_shardings, types have no mesh.
+  mesh = square("auto")
+  rows = NamedSharding(mesh, jax.P(("data", "model")))
+  args, _ = arrays("selective_scan")
+  args = {name: np.asarray(x) for name, x in args.items()}
+  by_name = {
+    name: rows if x.shape[0] == B else NamedSharding(mesh, jax.P())
+    for name, x in args.items()
+  }
+  run = lambda args: total("selective_scan")(args, None)
+  sharded = jax.jit(run, in_shardings=(by_name,))
+  assert_close(jax.device_get(sharded(args)), jax.device_get(quick(run)(args)))
+
+
+def test_scan_on_an_explicit_mesh_of_one_device_is_equal(strict):
+  mesh = jax.make_mesh((1,), ("data",), (AxisType.Explicit,))
+  args = put(*arrays("selective_scan"), mesh, ("data", None, None))
+  actual = quick(gradient("selective_scan"))(*args)
+  assert_close(jax.device_get(actual), expected("selective_scan"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("op", OPS)
 def test_stacked_models_are_divided_like_one(op, kind, strict):
@@ -208,17 +236,16 @@ def blocks(monkeypatch):
     return run
 
   passes = kernels_pallas.Kernel(
-    watched(forward_blocks), watched(backward_blocks)
+    watched(forward_blocks), watched(backward_blocks), saved_blocks
   )
   monkeypatch.setattr(kernels_pallas, "kernels", lambda op: {"cpu": passes})
-  lowering = functools.partial(dispatch._kernel_lowering, lowered_for="cpu")
-  mlir.register_lowering(dispatch._kernel_p, lowering, platform="cpu")
   jax.clear_caches()
   yield seen
   jax.clear_caches()
 
 
-def test_a_language_model_has_its_gradient_on_explicit_shardings():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_language_model_has_its_gradient_where_no_mesh_was_set(kind):
   config = ModelConfig(64, 16, 1)
   graph, params = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))
   tokens = jnp.arange(4 * 12).reshape(4, 12) % 64
@@ -230,7 +257,7 @@ def test_a_language_model_has_its_gradient_on_explicit_shardings():
     return jnp.square(logits).mean()
 
   wanted = gradient(params, tokens)
-  mesh = square("explicit")
+  mesh = square(kind)
   put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, jax.P(*axes)))
   actual = gradient(jax.tree.map(put, params), put(tokens, "data"))
   assert_close(jax.device_get(actual), jax.device_get(wanted))

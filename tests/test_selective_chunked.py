@@ -10,8 +10,12 @@ from checks import assert_close
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ssmjax.ops.selective_chunked import selective_scan_chunked
+from ssmjax.ops.selective_chunked_backward import backward_blocks
+from ssmjax.ops.selective_chunked_forward import forward_blocks
+from ssmjax.ops.selective_fused import fused
 
+# The CPU's blocks, called past the choice by platform.
+selective_scan_chunked = fused(forward_blocks, backward_blocks)
 NAMES = (
   "u", "delta", "A", "B", "C", "D", "z", "delta_bias", "direct",
   "initial_state", "valid", "restart",

@@ -18,7 +18,12 @@ from ssmjax.ops import (
   selective_scan_reference,
   selective_step,
 )
-from ssmjax.ops.selective_associative import selective_scan_chunks
+from ssmjax.ops.platform_passes import OTHERS, Passes
+from ssmjax.ops.selective_chunks import (
+  backward_chunks,
+  forward_chunks,
+  saved_chunks,
+)
 from ssmjax.types import Polarization
 
 # None is chunked on CPUs; "chunks" is the form of accelerators without a
@@ -82,16 +87,21 @@ def cast(args, dtype):
   return {k: None if x is None else one(k, x) for k, x in args.items()}
 
 
+# What platforms without a kernel take, here on a CPU and in short chunks.
+SHORT_CHUNKS = Passes(
+  *(
+    functools.partial(function, longest=8)
+    for function in (forward_chunks, backward_chunks, saved_chunks)
+  )
+)
+
+
 def scan(form, args, **static):
   """Run one form through the door."""
   if form != "chunks":
     return selective_scan(**args, implementation=form, **static)
   # Past the door's jit, whose cache would not know of the patch.
-  with mock.patch.object(
-    selective,
-    "_chunked_by_platform",
-    functools.partial(selective_scan_chunks, chunk=8),
-  ):
+  with mock.patch.object(selective, "CHUNKED", {OTHERS: SHORT_CHUNKS}):
     static = dict(delta_softplus=False, polarization=None) | static
     return selective._selective_scan.__wrapped__(
       *map(args.get, NAMES), implementation="chunked", **static

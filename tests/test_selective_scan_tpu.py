@@ -21,6 +21,8 @@ from kernels_pallas.selective_scan_tpu_tiles import (
   softplus,
 )
 from ssmjax.ops import selective_scan
+from ssmjax.ops.selective_chunked_backward import backward_blocks
+from ssmjax.ops.selective_chunked_forward import forward_blocks
 from ssmjax.ops.selective_fused import fused
 from ssmjax.types import Polarization
 
@@ -183,9 +185,7 @@ def test_sharded_gradients_equal_those_of_one_device(inside):
 
 
 def _chunked_loss(floats, valid):
-  from ssmjax.ops.selective_chunked import selective_scan_chunked
-
-  y, state = selective_scan_chunked(
+  y, state = fused(forward_blocks, backward_blocks)(
     **floats, valid=valid, restart=None, delta_softplus=True, ones=0
   )
   return (y**2).sum() + (state**3).sum()

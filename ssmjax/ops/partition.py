@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 __all__ = ["divided", "divided_rows"]
 
@@ -86,23 +88,42 @@ def divided(
   )(*arrays)
 
 
-def divided_rows(
-  run: Callable[..., Any], mesh: Any, arrays: Sequence[Any], rows: int
-) -> Any:
+def divided_rows(run: Callable[..., Any], mesh: Any, *arrays: jax.Array) -> Any:
   """Call `run(*arrays)`, each device of the mesh on its rows.
 
-  All results lead with the rows, and so do the arguments but those that lead
-  with groups, each of which serves as many rows.
+  Arguments and results lead with the rows, or with groups, each of which
+  serves as many rows. What leads with one group is whole on every device; of
+  a result, it is the sum over the devices.
   """
-  groups = math.gcd(*(x.shape[0] for x in arrays))
-  names = _dividing(mesh, mesh.axis_names, groups if groups > 1 else rows)
+  out = jax.eval_shape(run, *arrays)
+  sizes = {x.shape[0] for x in (*arrays, *jax.tree.leaves(out))} - {1}
+  names: tuple[str, ...] = ()
+  if sizes:
+    names = _dividing(mesh, mesh.axis_names, math.gcd(*sizes))
+  spec = lambda x: jax.P(names) if x.shape[0] > 1 else jax.P()
+
+  def part(*arrays):
+    return jax.tree.map(
+      lambda shape, x: x if shape.shape[0] > 1 else _summed(x, names),
+      out,
+      run(*arrays),
+    )
+
   return jax.shard_map(
-    run,
+    part,
     mesh=mesh,
-    in_specs=tuple(jax.P(names) if x.shape[0] > 1 else jax.P() for x in arrays),
-    out_specs=jax.P(names),
+    in_specs=tuple(map(spec, arrays)),
+    out_specs=jax.tree.map(spec, out),
     check_vma=False,
   )(*arrays)
+
+
+def _summed(x, names):
+  """The sum over mesh axes, at the precision of float32 or more."""
+  if not names:
+    return x
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  return lax.psum(x.astype(wide), names).astype(x.dtype)
 
 
 def _mesh(args, only_typed):
@@ -117,7 +138,9 @@ def _mesh(args, only_typed):
   if not only_typed:
     meshes = [context, *meshes]
   for mesh in meshes:
-    if mesh.size > 1 and not mesh.manual_axes and not context.manual_axes:
+    # On one device explicit shardings still are types, which loops refuse.
+    is_divided = mesh.size > 1 or mesh.explicit_axes
+    if is_divided and not mesh.manual_axes and not context.manual_axes:
       return mesh
   return None
 

@@ -9,7 +9,8 @@ from jax import lax
 
 from ssmjax.ops import dispatch
 from ssmjax.ops.partition import divided
-from ssmjax.ops.scan_fused import first_order, fused
+from ssmjax.ops.platform_passes import OTHERS, Passes
+from ssmjax.ops.scan_fused import flattened_kernel, fused
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import (
@@ -168,9 +169,9 @@ def _dispatch(a, b, initial_state, segment_ids, reverse, implementation):
     refused = "has no kernel for float64"
   return dispatch.run(
     "linear_scan", implementation,
-    {"associative": _associative, "chunked": _chunked},
     *match_varying(a, b, state.astype(dtype), *masks),
-    fuse=fused, no_kernel=refused, reverse=reverse,
+    forms={"associative": _associative}, chunked=_CHUNKED, results=_RESULTS,
+    fuse=fused, no_kernel=refused, adapt=flattened_kernel, reverse=reverse,
   )  # fmt: skip
 
 
@@ -179,14 +180,6 @@ def _associative(a, b, state, valid, restart, *, reverse):
   y_dtype = _y_dtype(a, b, state)
   a, b = _without_padding(a, b, state, valid)
   y, final = _prefix(a, b, state, _wide(restart, b), reverse=reverse)
-  return _zero_padding(y, valid).astype(y_dtype), final
-
-
-def _chunked(a, b, state, valid, restart, *, reverse):
-  """Own backward: the adjoint of a linear scan is a linear scan."""
-  y_dtype = _y_dtype(a, b, state)
-  a, b = _without_padding(a, b, state, valid)
-  y, final = _adjoint_scan(reverse, a, b, state, _wide(restart, b))
   return _zero_padding(y, valid).astype(y_dtype), final
 
 
@@ -235,36 +228,60 @@ def _prefix(a, b, state, restart, *, reverse):
   return y, y[:, 0 if reverse else -1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adjoint_scan(reverse, a, b, state, restart):
-  return _by_platform(a, b, state, restart, reverse=reverse)
+def _forward_pass(scan, a, b, state, valid, restart, *, reverse, keep):
+  """The forward pass of `scan_fused.fused`; it keeps every state."""
+  y_dtype = _y_dtype(a, b, state)
+  a = _by_row_or_shared(a, b)
+  a, b = _without_padding(a, b, state, valid)
+  y, final = scan(a, b, state, _wide(restart, b), reverse=reverse)
+  kept = (y, state) if keep else None
+  return _zero_padding(y, valid).astype(y_dtype), final, kept
 
 
-def _adjoint_forward(reverse, a, b, state, restart):
-  y, final = _by_platform(a, b, state, restart, reverse=reverse)
-  return (y, final), (a, y, state, restart)
+def _backward_pass(adjoint, a, b, kept, valid, restart, dy, dfinal, *, reverse):
+  """The backward pass of `scan_fused.fused`.
+
+  gₜ = ȳₜ + aₜ₊₁ gₜ₊₁;  āₜ = gₜ hₜ₋₁,  b̄ₜ = gₜ;  h̄₀ = a₁ g₁
+  """
+  y, state = kept
+  rows = _by_row_or_shared(a, b)
+  wide, _ = _without_padding(rows, b, state, valid)
+  dy = _zero_padding(dy.astype(state.dtype), valid)
+  da, db, dstate = adjoint(
+    wide, y, state, _wide(restart, b), dy, dfinal, reverse=reverse
+  )
+  da, db = _zero_padding(da, valid), _zero_padding(db, valid)
+  # What shares a decay adds up: first where the mask had widened it, then the
+  # rows of a group.
+  da = _sum_to(da, rows.shape)
+  da = da.reshape(a.shape[0], -1, *a.shape[1:]).sum(1)
+  # A real argument of a complex recurrence has a real cotangent.
+  real = lambda x, like: x if jnp.iscomplexobj(like) else x.real
+  return real(da, a), real(db, b), dstate
 
 
-@first_order
-def _adjoint_backward(reverse, residuals, cotangents):
-  """gₜ = ȳₜ + aₜ₊₁ gₜ₊₁;  āₜ = gₜ hₜ₋₁,  b̄ₜ = gₜ;  h̄₀ = a₁ g₁."""
-  grads = lax.platform_dependent(
-    *residuals, *cotangents,
-    cpu=functools.partial(_backward_loop, reverse=reverse),
-    default=functools.partial(_backward_associative, reverse=reverse),
-  )  # fmt: skip
-  return (*grads, None)
+def _by_row_or_shared(a, b):
+  """Decays `[R, ...]` or `[1, ...]`, of any number of groups."""
+  rows, groups = b.shape[0], a.shape[0]
+  return a if groups in (1, rows) else jnp.repeat(a, rows // groups, 0)
 
 
-_adjoint_scan.defvjp(_adjoint_forward, _adjoint_backward)
+def _kept_shapes(a, b, state, valid, restart, *, reverse):
+  """The shapes of what `_forward_pass` keeps: every state, and the first."""
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, state.dtype)
+  return like(b), like(state)
 
 
-def _by_platform(a, b, state, restart, *, reverse):
-  return lax.platform_dependent(
-    a, b, state, restart,
-    cpu=functools.partial(_loop, reverse=reverse),
-    default=functools.partial(_prefix, reverse=reverse),
-  )  # fmt: skip
+def _forward_results(a, b, state, valid, restart, *, reverse):
+  """The shapes of y and of the final state."""
+  y = jax.ShapeDtypeStruct(b.shape, _y_dtype(a, b, state))
+  return y, jax.ShapeDtypeStruct(state.shape, state.dtype)
+
+
+def _backward_results(a, b, kept, valid, restart, dy, dfinal, *, reverse):
+  """The shapes of the cotangents of a, b and the initial state."""
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return like(a), like(b), like(dfinal)
 
 
 def _backward_associative(a, y, state, restart, dy, dfinal, *, reverse):
@@ -346,6 +363,22 @@ def _sum_to(x, shape):
     i for i, (n, m) in enumerate(zip(shape, x.shape, strict=True)) if n != m
   )
   return x.sum(axes, keepdims=True) if axes else x
+
+
+def _passes(scan, adjoint):
+  return Passes(
+    functools.partial(_forward_pass, scan),
+    functools.partial(_backward_pass, adjoint),
+    _kept_shapes,
+    opaque=False,
+  )
+
+
+_RESULTS = (_forward_results, _backward_results)
+_CHUNKED = {
+  "cpu": _passes(_loop, _backward_loop),
+  OTHERS: _passes(_prefix, _backward_associative),
+}
 
 
 def _part(x, state):

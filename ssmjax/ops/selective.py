@@ -19,7 +19,7 @@ from ssmjax.ops.selective_associative import (
   selective_scan_associative,
   selective_scan_chunks,
 )
-from ssmjax.ops.selective_chunked import selective_scan_chunked
+from ssmjax.ops.selective_chunked import CHUNKED, RESULTS
 from ssmjax.ops.selective_fused import fused
 from ssmjax.ops.selective_token import advance, split_channels, token
 from ssmjax.ops.varying import match_varying
@@ -273,30 +273,19 @@ def _dispatch(
     refused = f"has no kernel for {dtype}"
   elif not kept:
     refused = "has no kernel without a state: all channels are zero-channels"
-  forms = {
-    "associative": selective_scan_associative,
-    # A loop over tokens is fast on a CPU and bound by launches elsewhere.
-    "chunked": selective_scan_chunks
-    if is_complex or not kept
-    else _chunked_by_platform,
-  }
+  forms = {"associative": selective_scan_associative}
+  if is_complex or not kept:
+    forms["chunked"] = selective_scan_chunks
   y, state = dispatch.run(
-    "selective_scan", implementation, forms,
+    "selective_scan", implementation,
     u, delta, A, B, C, D, z, delta_bias, direct, initial_state, valid, restart,
-    fuse=fused, no_kernel=refused, delta_softplus=delta_softplus, ones=ones,
+    forms=forms, chunked=CHUNKED, results=RESULTS, fuse=fused,
+    no_kernel=refused, delta_softplus=delta_softplus, ones=ones,
   )  # fmt: skip
   if zeros:
     state = jnp.concatenate([state, zero_state], -1)
   assert state.shape == (batch, channels, total)
   return y, state
-
-
-def _chunked_by_platform(*args, **static):
-  return lax.platform_dependent(
-    *args,
-    cpu=functools.partial(selective_scan_chunked, **static),
-    default=functools.partial(selective_scan_chunks, **static),
-  )
 
 
 def _zero_state(

@@ -14,7 +14,11 @@ from jax import lax
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import state_dtype
 
-__all__ = ["selective_scan_associative", "selective_scan_chunks"]
+__all__ = [
+  "scan_chunk",
+  "selective_scan_associative",
+  "selective_scan_chunks",
+]
 
 
 def selective_scan_associative(
@@ -29,7 +33,7 @@ def selective_scan_associative(
       u, delta, A, B, C, D, z, delta_bias, direct, state, valid, restart
     )
   )
-  return _chunk(
+  return scan_chunk(
     state, (u, delta, B, C, z, direct, valid, restart), A=A, D=D,
     delta_bias=delta_bias, delta_softplus=delta_softplus, ones=ones,
   )[::-1]  # fmt: skip
@@ -67,7 +71,7 @@ def selective_scan_chunks(
   state, A, D, delta_bias, *chunks = match_varying(
     state, A, D, delta_bias, *chunks
   )
-  body = functools.partial(_chunk, delta_softplus=delta_softplus, ones=ones)
+  body = functools.partial(scan_chunk, delta_softplus=delta_softplus, ones=ones)
 
   @jax.checkpoint
   def step(state, xs):
@@ -78,7 +82,7 @@ def selective_scan_chunks(
   return y[:, :length], state
 
 
-def _chunk(state, xs, *, A, D, delta_bias, delta_softplus, ones):
+def scan_chunk(state, xs, *, A, D, delta_bias, delta_softplus, ones):
   """(state, y) after one stretch of tokens."""
   u, delta, B, C, z, direct, valid, restart = xs
   y_dtype, dtype = u.dtype, state.dtype

@@ -32,6 +32,14 @@ def forward_blocks(rows, shared, *, delta_softplus, ones, keep):
     return _forward((delta_softplus, keep), rows, shared)
 
 
+def saved_blocks(rows, shared, *, delta_softplus, ones):
+  """The shape of what `forward_blocks` keeps."""
+  batch, length, channels = rows["u"].shape
+  chunks = -(-length // min(CHUNK, length))
+  shape = (batch, chunks, rows["B"].shape[-1], channels)
+  return jax.ShapeDtypeStruct(shape, compute_dtype(rows, shared))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static, rows, shared):
   with inside_kernel():

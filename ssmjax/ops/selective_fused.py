@@ -95,9 +95,8 @@ def _forward(static, keep, args):
     restart=restart, initial_state=_swap(initial_state),
   )  # fmt: skip
   run = functools.partial(
-    _traced_once(forward, "delta_softplus", "ones", "keep"),
-    delta_softplus=delta_softplus, ones=ones, keep=keep,
-  )  # fmt: skip
+    forward, delta_softplus=delta_softplus, ones=ones, keep=keep
+  )
   y, final_state, states = _rows_only(run)(rows, _shared(A, D, delta_bias))
   return y, _swap(final_state), states
 
@@ -112,11 +111,7 @@ def _backward(static, args, states, cotangents):
     u=u, delta=delta, B=B, C=C, z=z, direct=direct, valid=valid,
     restart=restart, states=states, d_y=d_y, d_final=_swap(d_final),
   )  # fmt: skip
-  run = functools.partial(
-    _traced_once(backward, "delta_softplus", "ones"),
-    delta_softplus=delta_softplus,
-    ones=ones,
-  )
+  run = functools.partial(backward, delta_softplus=delta_softplus, ones=ones)
   grads = _rows_only(run)(rows, _shared(A, D, delta_bias))
   total = lambda name: grads[name].sum(0)
   named = dict(
@@ -135,15 +130,6 @@ def _backward(static, args, states, cotangents):
     None if x is None else grad().astype(x.dtype) for x, grad in named.values()
   )
   return (*floats, None, None)
-
-
-@functools.cache
-def _traced_once(function, *static):
-  """A pass that programs of the same shapes trace once: it takes a second.
-
-  Wherever an op is traced, so are its kernels for all platforms.
-  """
-  return jax.jit(function, static_argnames=static)
 
 
 def _swap(x):

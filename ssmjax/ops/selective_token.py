@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from ssmjax.ops.varying import match_varying
@@ -193,30 +193,33 @@ def _kernel(static, state, u, delta, A, B, C, D, z, delta_bias, valid):
 
 
 def _bind(static, *arrays):
-  """Both forms in one equation, of which lowering takes one."""
+  """One equation, whose form is chosen and traced when it is lowered."""
   *static, required = static
   leaves, tree = jax.tree.flatten(arrays)
-
-  def traced(form):
-    run = lambda *x: form(static, *jax.tree.unflatten(tree, x))
-    return jax.make_jaxpr(run)(*leaves)
-
   return tuple(
-    _step_p.bind(
-      *leaves, definition=traced(_definition), kernel=traced(_kernel),
-      required=required,
-    )
-  )  # fmt: skip
+    _step_p.bind(*leaves, tree=tree, static=tuple(static), required=required)
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("form", "tree", "static"))
+def _run_form(*leaves, form, tree, static):
+  """y and the new state by one of the forms."""
+  return form(static, *jax.tree.unflatten(tree, leaves))
 
 
 _step_p = Primitive("ssmjax_selective_step")
 _step_p.multiple_results = True
-_step_p.def_abstract_eval(lambda *args, definition, **params:
-                          definition.out_avals)  # fmt: skip
 
 
-def _lowering(ctx, *args, definition, kernel, required, platform: Any = None):
+@_step_p.def_abstract_eval
+def _abstract(*avals, tree, **params):
+  state, u, *_ = jax.tree.unflatten(tree, avals)
+  return u, state
+
+
+def _lowering(ctx, *args, tree, static, required, platform: Any = None):
   divided = _is_divided(ctx.module_context.axis_context)
+  form, context = _kernel, ctx.module_context
   if platform is None or divided:
     if required:
       raise NotImplementedError(
@@ -226,12 +229,13 @@ def _lowering(ctx, *args, definition, kernel, required, platform: Any = None):
         + "; it has one for tpu. Pass implementation='reference', or None to"
         " choose by platform."
       )
-    run = mlir.lower_fun(jaxpr_as_fun(definition), multiple_results=True)
-    return run(ctx, *args)
-  # In an export for several platforms, each is lowered for all of them.
-  context = ctx.module_context.replace(platforms=(platform,))
-  run = mlir.lower_fun(jaxpr_as_fun(kernel), multiple_results=True)
-  return run(ctx.replace(module_context=context), *args)
+    form = _definition
+  else:
+    # In an export for several platforms, each is lowered for all of them.
+    context = context.replace(platforms=(platform,))
+  run = functools.partial(_run_form, form=form, tree=tree, static=static)
+  lower = mlir.lower_fun(run, multiple_results=True)
+  return lower(ctx.replace(module_context=context), *args)
 
 
 def _is_divided(context):
