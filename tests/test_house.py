@@ -20,7 +20,9 @@ TABLE = {
   "kernels_pallas": "ssmjax.types jax.experimental.pallas",
   "ssmjax.ops": "ssmjax.types ssmjax.polarization kernels_pallas",
   "ssmjax.polarization": "ssmjax.types",
-  "ssmjax.models": "ssmjax.types ssmjax.ops ssmjax.polarization flax",
+  "ssmjax.models": (
+    "ssmjax.types ssmjax.ops ssmjax.polarization flax safetensors"
+  ),
   "ssmjax.theory": "ssmjax.types",
   "ssmjax.diagnostics": "ssmjax.types ssmjax.ops ssmjax.theory",
   "ssmjax.interop": "ssmjax.types ssmjax.models flax torch tokenizers",

@@ -28,7 +28,7 @@ from ssmjax.interop import (
   load_pretrained,
   save_pretrained,
 )
-from ssmjax.interop.tensor_files import read_tensors
+from ssmjax.interop.folders import read_tensors
 from ssmjax.models import (
   LanguageModel,
   Mamba2Config,

@@ -18,7 +18,7 @@ from ssmjax.interop import (
   load_pretrained,
   save_pretrained,
 )
-from ssmjax.interop.tensor_files import read_tensors
+from ssmjax.interop.folders import read_tensors
 from ssmjax.models import (
   LanguageModel,
   ModelConfig,

@@ -24,7 +24,7 @@ from ssmjax.interop import (
   load_pretrained,
   save_pretrained,
 )
-from ssmjax.interop.tensor_files import read_tensors
+from ssmjax.interop.folders import read_tensors
 from ssmjax.models import AttentionConfig, LanguageModel, ModelConfig
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")

@@ -3,11 +3,21 @@
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-from ssmjax.interop.tensor_files import read_tensors
+import numpy as np
 
-__all__ = ["find_config", "find_folder", "list_tensors", "read_object"]
+from ssmjax.interop.pytorch_files import read_pytorch
+from ssmjax.models.tensor_files import read_safetensors, refuse_pointer
+
+__all__ = [
+  "find_config",
+  "find_folder",
+  "list_tensors",
+  "read_object",
+  "read_tensors",
+]
 
 # Mistral's own form of its models is called consolidated.
 _OWN = "consolidated.safetensors"
@@ -77,6 +87,14 @@ def list_tensors(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, tuple]]:
     found[folder / name] = {n: (x.shape, x.dtype) for n, x in tensors.items()}
     del tensors
   return found
+
+
+def read_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
+  """Open a file of tensors: a `.safetensors`, or else a file of PyTorch's."""
+  if path.suffix == ".safetensors":
+    return read_safetensors(path, "load_pretrained")
+  refuse_pointer(path, "load_pretrained")
+  return read_pytorch(path)
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from jax.sharding import (
   SingleDeviceSharding,
 )
 
+from ssmjax.interop.folders import read_tensors
 from ssmjax.interop.naming import parameter_name, parameters
 from ssmjax.interop.planning import make_plan
 from ssmjax.interop.stacking import cut, insert
-from ssmjax.interop.tensor_files import read_tensors
 from ssmjax.models import LanguageModel
 
 __all__ = ["abstract_pretrained", "load_pretrained"]

@@ -13,8 +13,8 @@ import numpy as np
 from ssmjax.interop.families import FORMATS
 from ssmjax.interop.formats import SAME, Tensor
 from ssmjax.interop.naming import layers, parameters
-from ssmjax.interop.tensor_files import TensorSpec, write_safetensors
 from ssmjax.models import AttentionConfig, LanguageModel
+from ssmjax.models.tensor_files import TensorSpec, write_safetensors
 from ssmjax.types import check_choice
 
 __all__ = ["save_pretrained"]

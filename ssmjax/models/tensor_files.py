@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors mapped into memory, .bin through PyTorch.
+"""Tensors in safetensors files, mapped into memory.
 
 A safetensors file is eight bytes of a length (little-endian), a JSON header
 of that length, which gives each tensor's dtype, shape and place, and the
@@ -10,15 +10,18 @@ import json
 import math
 import os
 import pathlib
-import pickle
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["TensorSpec", "read_tensors", "write_safetensors"]
+__all__ = [
+  "TensorSpec",
+  "read_safetensors",
+  "refuse_pointer",
+  "write_safetensors",
+]
 
 _NAMED: dict[str, Any] = {
   "F64": np.float64,
@@ -62,30 +65,35 @@ class TensorSpec(NamedTuple):
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
-  """Open a file of tensors.
+def read_safetensors(
+  path: pathlib.Path, function: str
+) -> Mapping[str, np.ndarray]:
+  """Open a safetensors file; nothing but its header is read.
 
   Args:
-    path: ends in `.safetensors`, or else is a file of PyTorch's.
+    path: the file.
+    function: whose errors these are.
 
   Returns:
-    The tensors by name. Those of a safetensors file are views of the mapped
-    file: copy what is to outlive it.
+    The tensors by name, views of the mapped file: copy what is to outlive it.
 
   Raises:
-    ValueError: the file is not whole, or no such file.
-    ImportError: a file of PyTorch's, and PyTorch is not installed.
+    ValueError: the file is not whole, or is not such a file.
+    NotImplementedError: a tensor is of a dtype that NumPy and ml_dtypes lack.
   """
+  refuse_pointer(path, function)
+  return _read_safetensors(path, function)
+
+
+def refuse_pointer(path: pathlib.Path, function: str) -> None:
+  """Raise ValueError for what Git has in a file's place without its LFS."""
   with open(path, "rb") as file:
     start = file.read(len(_POINTER))
   if start == _POINTER:
     raise ValueError(
-      f"load_pretrained: {path} is not the file but Git's pointer to it. Run"
+      f"{function}: {path} is not the file but Git's pointer to it. Run"
       " git lfs pull in its folder, or huggingface_hub.snapshot_download."
     )
-  if path.suffix == ".safetensors":
-    return _read_safetensors(path)
-  return _read_pytorch(path)
 
 
 def write_safetensors(
@@ -111,7 +119,7 @@ def write_safetensors(
   with open(path, "wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for name, spec in tensors.items():
-      array = np.ascontiguousarray(spec.get())
+      array = np.asarray(spec.get(), order="C")
       if array.shape != spec.shape or array.dtype != spec.dtype:
         raise AssertionError(f"{name}: {array.shape}, {array.dtype}, {spec}")
       file.write(array.reshape(-1).view(np.uint8).data)
@@ -119,15 +127,19 @@ def write_safetensors(
     os.fsync(file.fileno())
 
 
-def _read_safetensors(path) -> dict[str, np.ndarray]:
+def _read_safetensors(path, function) -> dict[str, np.ndarray]:
   """Views of the mapped file; nothing but the header is read."""
   size = path.stat().st_size
   if size < 8:
-    raise _broken(path, f"it has {size} bytes, fewer than a header's length")
+    raise _broken(
+      function, path, f"it has {size} bytes, fewer than a header's length"
+    )
   mapped = np.asarray(np.memmap(path, np.uint8, "r"))
   length = int.from_bytes(mapped[:8].tobytes(), "little")
   if length > min(size - 8, _LONGEST_HEADER):
-    raise _broken(path, f"its header would take {length} of its {size} bytes")
+    raise _broken(
+      function, path, f"its header would take {length} of its {size} bytes"
+    )
   try:
     header = json.loads(
       mapped[8 : 8 + length].tobytes(), object_pairs_hook=_no_repeats
@@ -135,15 +147,18 @@ def _read_safetensors(path) -> dict[str, np.ndarray]:
     if not isinstance(header, dict):
       raise ValueError("no object")
   except ValueError as error:
-    raise _broken(path, f"its header is no JSON object: {error}") from error
+    raise _broken(
+      function, path, f"its header is no JSON object: {error}"
+    ) from error
   header.pop("__metadata__", None)
   data = mapped[8 + length :]
   tensors: dict[str, np.ndarray] = {}
   end = 0
-  for name, entry in sorted(header.items(), key=_place(path)):
-    dtype, shape, (start, stop) = _entry(path, name, entry)
+  for name, entry in sorted(header.items(), key=_place(function, path)):
+    dtype, shape, (start, stop) = _entry(function, path, name, entry)
     if start != end or stop - start != math.prod(shape) * dtype.itemsize:
       raise _broken(
+        function,
         path,
         f"{name} of shape {shape} and dtype {dtype.name} lies at {start} to"
         f" {stop}, after {end}",
@@ -154,34 +169,38 @@ def _read_safetensors(path) -> dict[str, np.ndarray]:
     tensors[name] = data[start:stop].view(dtype).reshape(shape)
   if end != data.size:
     raise _broken(
-      path, f"it has {data.size} bytes of tensors, its header tells of {end}"
+      function,
+      path,
+      f"it has {data.size} bytes of tensors, its header tells of {end}",
     )
   return tensors
 
 
-def _entry(path, name, entry):
+def _entry(function, path, name, entry):
   """A header's entry: dtype, shape and place, each of its type."""
   code = entry.get("dtype")
   shape, place = entry.get("shape"), entry["data_offsets"]
   if code not in _DTYPES:
     raise NotImplementedError(
-      f"load_pretrained: {path.name} holds {name} as {code}, expected one of"
+      f"{function}: {path.name} holds {name} as {code}, expected one of"
       f" {', '.join(_DTYPES)}. A quantised checkpoint has to be turned into"
       " one of these first."
     )
   if not _counts(shape):
-    raise _broken(path, f"{name} has the shape {shape!r}")
+    raise _broken(function, path, f"{name} has the shape {shape!r}")
   return _DTYPES[code], tuple(shape), place
 
 
-def _place(path):
+def _place(function, path):
   """The key to order a header's entries by where they lie."""
 
   def place(item):
     name, entry = item
     found = entry.get("data_offsets") if isinstance(entry, dict) else None
     if not _counts(found) or len(found) != 2:
-      raise _broken(path, f"its header does not tell where {name} lies")
+      raise _broken(
+        function, path, f"its header does not tell where {name} lies"
+      )
     return tuple(found)
 
   return place
@@ -203,73 +222,8 @@ def _no_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
   return found
 
 
-def _broken(path, why) -> ValueError:
+def _broken(function, path, why) -> ValueError:
   return ValueError(
-    f"load_pretrained: {path} is no whole safetensors file: {why}."
+    f"{function}: {path} is no whole safetensors file: {why}."
     " Download it again."
   )
-
-
-# The first whose weights-only reader has no known way to run code.
-_SAFE_TORCH = (2, 10)
-
-
-def _read_pytorch(path) -> dict[str, np.ndarray]:
-  """A file of `torch.save`, through the reader that runs no code."""
-  try:
-    import torch
-  except ImportError as error:
-    raise ImportError(
-      f"load_pretrained: {path.name} is a pickle, which only PyTorch's"
-      " weights-only reader may open here, and PyTorch is not installed."
-      " Install it (pip install torch), or take a checkpoint that has"
-      " model.safetensors: many repositories on the Hub have one beside it,"
-      " or as a pull request."
-    ) from error
-  version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
-  if version < _SAFE_TORCH:
-    raise ValueError(
-      f"load_pretrained: {path.name} is a pickle, and the weights-only reader"
-      f" of PyTorch {torch.__version__} can be made to run code"
-      " (CVE-2025-32434, CVE-2026-24747), expected 2.10 or later. Install that"
-      " (pip install 'torch>=2.10'), or take a checkpoint that has"
-      " model.safetensors."
-    )
-  options = {"map_location": "cpu", "weights_only": True}
-  try:
-    try:
-      tensors = torch.load(path, mmap=True, **options)
-    except RuntimeError:
-      # Files from before PyTorch 1.6 are no zip archives, to be mapped.
-      tensors = torch.load(path, **options)
-  except (
-    OSError,
-    RuntimeError,
-    EOFError,
-    pickle.UnpicklingError,
-  ) as error:
-    raise ValueError(
-      f"load_pretrained: PyTorch's weights-only reader does not open"
-      f" {path.name}: it is not whole, or holds more than tensors, which"
-      " loading would run as code. Take model.safetensors."
-    ) from error
-  if not isinstance(tensors, Mapping):
-    raise ValueError(
-      f"load_pretrained: {path.name} holds a {type(tensors).__name__}, expected"
-      " tensors by name. Save the model's state_dict alone."
-    )
-  odd = [name for name, x in tensors.items() if not hasattr(x, "detach")]
-  if odd:
-    raise ValueError(
-      f"load_pretrained: {path.name} holds {', '.join(map(str, odd))}, which"
-      " are no tensors. Save the model's state_dict alone."
-    )
-  return {name: _numpy(torch, tensor) for name, tensor in tensors.items()}
-
-
-def _numpy(torch, tensor) -> np.ndarray:
-  """A tensor's own memory as an array; NumPy has no name for bfloat16."""
-  tensor = tensor.detach()
-  if tensor.dtype == torch.bfloat16:
-    return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)
-  return tensor.numpy()
