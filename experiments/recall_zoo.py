@@ -5,6 +5,7 @@ another mixer, at sizes that give a layer's state about a thousand numbers
 where the kind can have so many.
 """
 
+import dataclasses
 import pathlib
 import statistics
 from typing import Any
@@ -17,7 +18,7 @@ from experiments.influence_measure import influence_slope
 from experiments.recall_settings import Row, Setting
 from experiments.smoothing_measure import output_sharpness
 from ssmjax import models, training
-from ssmjax.models.kinds import MIXERS
+from ssmjax.models.kinds import MIXERS, kinds
 from ssmjax.types import Polarization
 
 __all__ = ["SIZES", "facts", "state_size", "zoo_rows"]
@@ -67,21 +68,25 @@ _OTHER = {"rwkv_channel_mix"}
 def zoo_rows(layers: int = 2) -> tuple[Row, ...]:
   """Give a row for each kind with a memory, and a polarized one if there is.
 
+  A kind that is registered (`models.register`) takes part too, at its defaults
+  where `SIZES` has no entry for it.
+
   Raises:
     ValueError: a kind has no sizes here.
   """
   rows = []
-  for kind, config in MIXERS.items():
+  for kind, config in kinds().items():
     if kind in _OTHER:
       continue
-    if kind not in SIZES:
+    if kind not in SIZES and (kind in MIXERS or _needs_sizes(config)):
       raise ValueError(
         f"zoo_rows: SIZES has no entry for {kind!r}, expected one for each of"
-        f" {', '.join(MIXERS)}. Add its sizes to experiments/recall_zoo.py."
+        f" {', '.join(kinds())}. Add its sizes to experiments/recall_zoo.py."
       )
-    rows.append(Row(kind, layers, None, config(**SIZES[kind])))
-    if config.polarizes:
-      mixer = config(**SIZES[kind], polarization=BOTH)
+    sizes = SIZES.get(kind, {})
+    rows.append(Row(kind, layers, None, config(**sizes)))
+    if getattr(config, "polarizes", None):
+      mixer = config(**sizes, polarization=BOTH)
       rows.append(Row(f"{kind}-both", layers, BOTH, mixer))
   return tuple(rows)
 
@@ -140,6 +145,14 @@ def facts(
       "block": [layer["relative"] for layer in sharp],
     }
   return found
+
+
+def _needs_sizes(config: Any) -> bool:
+  """True of a configuration that has a field without a default."""
+  return any(
+    field.default is field.default_factory is dataclasses.MISSING
+    for field in dataclasses.fields(config)
+  )
 
 
 def _speed(folder: pathlib.Path) -> float | None:

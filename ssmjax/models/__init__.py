@@ -27,6 +27,7 @@ from ssmjax.models.gated_linear_attention import (
 from ssmjax.models.generate import generate, prefill
 from ssmjax.models.h3 import H3, H3Config, H3State
 from ssmjax.models.hyena import Hyena, HyenaConfig, HyenaState
+from ssmjax.models.kinds import register
 from ssmjax.models.layers import LayerNorm, RMSNorm
 from ssmjax.models.linear_attention import (
   LinearAttention,
@@ -48,6 +49,7 @@ from ssmjax.models.min_rnn import (
   MinLSTMConfig,
   MinRNNState,
 )
+from ssmjax.models.mixer import Mixer, MixerConfig
 from ssmjax.models.mlstm import MLSTM, MLSTMConfig, MLSTMState
 from ssmjax.models.rglru import RGLRU, RGLRUConfig, RGLRUState
 from ssmjax.models.rwkv import (
@@ -121,6 +123,8 @@ __all__ = [
   "MinLSTM",
   "MinLSTMConfig",
   "MinRNNState",
+  "Mixer",
+  "MixerConfig",
   "ModelConfig",
   "ModelState",
   "RGLRUConfig",
@@ -148,4 +152,5 @@ __all__ = [
   "generate",
   "labelled_loss",
   "prefill",
+  "register",
 ]

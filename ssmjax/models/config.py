@@ -1,22 +1,15 @@
 """Configurations of whole models: sizes, the pattern of mixers, choices."""
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax.numpy as jnp
-from flax import nnx
 
 from ssmjax.models.layers import check_choices, check_sizes
 from ssmjax.models.mamba import MambaConfig
+from ssmjax.models.mixer import MixerConfig
 
 __all__ = ["ClassifierConfig", "MixerConfig", "ModelConfig"]
-
-
-class MixerConfig(Protocol):
-  """The configuration of a mixer, which builds it."""
-
-  def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> Any:
-    """Make the mixer for a model of this width and depth."""
 
 
 @dataclasses.dataclass(frozen=True)

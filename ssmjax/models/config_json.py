@@ -6,12 +6,18 @@ import typing
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from ssmjax.models.config import ClassifierConfig, ModelConfig
-from ssmjax.models.kinds import MIXERS
+from ssmjax.models.kinds import MIXERS, kind_of, kinds
 from ssmjax.types import Polarization
 
-__all__ = ["config_from_json", "config_to_json"]
+__all__ = [
+  "config_from_json",
+  "config_to_json",
+  "describe_config",
+  "read_config",
+]
 
 
 def config_to_json(
@@ -29,7 +35,8 @@ def config_to_json(
     What `config_from_json` makes an equal configuration of.
 
   Raises:
-    ValueError: a mixer is of a kind that is not this library's.
+    ValueError: a mixer is of a kind that is neither this library's nor
+      registered, or a field holds what does not come back from JSON.
 
   >>> config_to_json(ModelConfig(257, 64, 2))["mixers"][0]["mixer"]
   'mamba'
@@ -39,11 +46,14 @@ def config_to_json(
       f"config_to_json: config is a {type(config).__name__}, expected a"
       " ModelConfig or a ClassifierConfig."
     )
-  fields = _written(config)
-  mixers = zip(config.mixers, fields["mixers"], strict=True)
-  return fields | {
-    "mixers": [{"mixer": _kind(mixer), **value} for mixer, value in mixers]
-  }
+  names = [_kind(mixer) for mixer in config.mixers]
+  fields = _written(config, "")
+  mixers = zip(names, fields["mixers"], strict=True)
+  fields["mixers"] = [{"mixer": name, **value} for name, value in mixers]
+  for index, (name, mixer) in enumerate(zip(names, config.mixers, strict=True)):
+    if name not in MIXERS:
+      _check_read(mixer, fields["mixers"][index], f"mixers[{index}]")
+  return fields
 
 
 def config_from_json(fields: dict[str, Any]) -> Any:
@@ -79,35 +89,89 @@ def config_from_json(fields: dict[str, Any]) -> Any:
   return _read(kind, fields, "")
 
 
+def describe_config(
+  config: ModelConfig | ClassifierConfig,
+) -> dict[str, Any] | None:
+  """As `config_to_json`, but None where a mixer's kind is not registered."""
+  if not all(map(kind_of, config.mixers)):
+    return None
+  return config_to_json(config)
+
+
+def read_config(fields: dict[str, Any], kind: type) -> Any:
+  """As `config_from_json`, of one class alone."""
+  config = config_from_json(fields)
+  if type(config) is not kind:
+    raise ValueError(
+      f"config_from_json: the fields are those of a {type(config).__name__},"
+      f" expected a {kind.__name__}."
+    )
+  return config
+
+
 def _kind(mixer) -> str:
-  for name, kind in MIXERS.items():
-    if type(mixer) is kind:
-      return name
-  raise ValueError(
-    f"config_to_json: a mixer is a {type(mixer).__name__}, expected one of"
-    f" {', '.join(kind.__name__ for kind in MIXERS.values())}."
-  )
+  name = kind_of(mixer)
+  if name is None:
+    raise ValueError(
+      f"config_to_json: a mixer is a {type(mixer).__name__}, expected one of"
+      f" {', '.join(kind.__name__ for kind in kinds().values())}. A mixer of"
+      " your own joins by ssmjax.models.register."
+    )
+  return name
+
+
+def _check_read(mixer, fields, where):
+  """Raise ValueError unless a registered mixer comes back from its fields."""
+  try:
+    again = _mixer(fields, where)
+  except ValueError as error:
+    raise ValueError(
+      f"config_to_json: {where}, a {type(mixer).__name__}, cannot be read"
+      f" again: {error} Annotate fields as int, float, bool, str, None,"
+      " Literal, tuples of these, Polarization or other dataclasses."
+    ) from error
+  if again != mixer:
+    raise ValueError(
+      f"config_to_json: {where} is {mixer}, and {again} when it is read again,"
+      " expected the same."
+    )
 
 
 def _mixer(value, where):
   fields = dict(_object(value, where, None))
   name = fields.pop("mixer", None)
-  if not isinstance(name, str) or name not in MIXERS:
-    raise _refusal(f"{where}.mixer", name, f"one of {', '.join(MIXERS)}")
-  return _read(MIXERS[name], fields, f"{where}.")
+  known = kinds()
+  if not isinstance(name, str) or name not in known:
+    raise _refusal(
+      f"{where}.mixer",
+      name,
+      f"one of {', '.join(known)}",
+      " A mixer of your own is known once the module that registers it"
+      " (ssmjax.models.register) is imported.",
+    )
+  return _read(known[name], fields, f"{where}.")
 
 
-def _written(value):
-  if dataclasses.is_dataclass(value):
+def _written(value, where):
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    start = f"{where}." if where else ""
     return {
       field.name: jnp.dtype(getattr(value, field.name)).name
       if field.name == "dtype"
-      else _written(getattr(value, field.name))
+      else _written(getattr(value, field.name), start + field.name)
       for field in dataclasses.fields(value)
     }
   if isinstance(value, tuple):
-    return [_written(item) for item in value]
-  return value
+    return [_written(v, f"{where}[{i}]") for i, v in enumerate(value)]
+  if isinstance(value, np.bool_ | np.integer | np.floating):
+    return value.item()
+  if value is None or isinstance(value, bool | int | float | str):
+    return value
+  raise ValueError(
+    f"config_to_json: {where} is {value!r}, expected a number, a string, true,"
+    " false, None, a tuple or a dataclass of these, or a dtype in a field of"
+    " that name."
+  )
 
 
 def _read(kind, fields, where):
@@ -125,7 +189,7 @@ def _read(kind, fields, where):
   for name, field in known.items():
     if name in fields:
       values[name] = _value(hints[name], fields[name], where + name)
-    elif field.default is dataclasses.MISSING:
+    elif field.default is field.default_factory is dataclasses.MISSING:
       raise ValueError(
         f"config_from_json: {where}{name} is missing, expected"
         f" {_expected(hints[name])}."
@@ -144,7 +208,14 @@ def _value(hint, value, where):
     if option is type(None):
       fits = value is None
     elif typing.get_origin(option) is Literal:
-      fits = isinstance(value, str) and value in typing.get_args(option)
+      choices = typing.get_args(option)
+      fits = any(value == c and type(value) is type(c) for c in choices)
+    elif option is tuple or typing.get_origin(option) is tuple:
+      if isinstance(value, list):
+        return _tuple(typing.get_args(option), value, where)
+      continue
+    elif option is Any:
+      return _tuple((), value, where) if isinstance(value, list) else value
     elif dataclasses.is_dataclass(option):
       if isinstance(value, dict):
         return _read(option, value, f"{where}.")
@@ -158,6 +229,18 @@ def _value(hint, value, where):
     if fits:
       return value
   raise _refusal(where, value, _expected(hint))
+
+
+def _tuple(hints, values, where):
+  """A list as the tuple that its annotation wants."""
+  if not hints:
+    hints = (Any, ...)
+  if len(hints) == 2 and hints[1] is ...:
+    hints = hints[:1] * len(values)
+  if len(hints) != len(values):
+    raise _refusal(where, values, f"a list of {len(hints)}")
+  pairs = enumerate(zip(hints, values, strict=True))
+  return tuple(_value(hint, v, f"{where}[{i}]") for i, (hint, v) in pairs)
 
 
 def _dtype(value, where):
@@ -176,6 +259,8 @@ def _expected(hint) -> str:
     return " or ".join(map(_expected, typing.get_args(hint)))
   if typing.get_origin(hint) is Literal:
     return " or ".join(map(repr, typing.get_args(hint)))
+  if hint is tuple or typing.get_origin(hint) is tuple:
+    return "a list"
   names = {type(None): "null", int: "an integer", float: "a number"}
   names |= {bool: "true or false", Polarization: "an object"}
   return names.get(hint, getattr(hint, "__name__", str(hint)))
@@ -192,7 +277,7 @@ def _object(value, where, kind):
   raise _refusal(where, value, f"an object, the fields of a {name}")
 
 
-def _refusal(where, value, expected) -> ValueError:
+def _refusal(where, value, expected, way="") -> ValueError:
   return ValueError(
-    f"config_from_json: {where} is {value!r}, expected {expected}."
+    f"config_from_json: {where} is {value!r}, expected {expected}.{way}"
   )
