@@ -6,6 +6,8 @@ time axis and are float32 (complex64 where the decay is complex).
 """
 
 import dataclasses
+import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -26,7 +28,10 @@ __all__ = [
   "check_inexact",
   "check_segment_ids",
   "check_shapes",
+  "describe_model",
+  "read_description",
   "real_dtype",
+  "register_model",
   "state_dtype",
 ]
 
@@ -115,6 +120,125 @@ class Recurrence:
   b: Inexact[Array, "B T *S"]
   initial_state: Inexact[Array, "B *S"]
   readout: Callable[[Array, Any], Array]
+
+
+# Kinds of whole models, by the names that files have for them.
+_MODELS: dict[str, Any] = {}
+_VERSION = 1
+
+
+def register_model(kind: str) -> Callable[[type], type]:
+  """Make models of a class ones that files can describe; a decorator.
+
+  What trains or saves a model writes its description, a JSON object, and what
+  loads it has it built of that. The class offers both ways:
+
+      def description(self) -> dict | None
+          What `from_description` builds an equal one of, but for the values
+          of its arrays; None where this one cannot be described.
+      @classmethod
+      def from_description(cls, description, *, rngs)
+          The model, with fresh parameters by `rngs`, an `nnx.Rngs`;
+          ValueError for a description that is wrong.
+
+  `LanguageModel` and `Classifier` have them. A file names its kind, never a
+  module: whoever loads it has to have imported the one that registers it.
+
+  Args:
+    kind: its name in files.
+
+  Raises:
+    ValueError: the class lacks one of the two, or another has the name.
+
+  >>> @register_model("scale")
+  ... class Scale:
+  ...   description = lambda self: {}
+  ...   from_description = classmethod(lambda cls, description, *, rngs: cls())
+  """
+
+  def register(model: type) -> type:
+    for name in ("description", "from_description"):
+      if not callable(getattr(model, name, None)):
+        raise ValueError(
+          f"register_model: {model.__qualname__} has no method {name}, expected"
+          " description() and from_description(description, *, rngs)."
+        )
+    known = _MODELS.get(kind, model)
+    place = lambda c: (c.__module__, c.__qualname__)
+    if known is not model and place(known) != place(model):
+      raise ValueError(
+        f"register_model: {kind!r} is a kind already, of"
+        f" {'.'.join(place(known))}, expected another name."
+      )
+    _MODELS[kind] = model
+    return model
+
+  return register
+
+
+def describe_model(model: Any) -> dict[str, Any] | None:
+  """Describe a model as JSON; None for one that has no description.
+
+  That is a model whose very class is not registered (see `register_model`):
+  one derived of it may be another.
+
+  Returns:
+    `version` of this form, the kind as `model`, and what the class itself
+    says of it as `config`.
+  """
+  for kind, known in _MODELS.items():
+    if type(model) is known:
+      config = model.description()
+      if config is None:
+        return None
+      return {"version": _VERSION, "model": kind, "config": config}
+  return None
+
+
+def read_description(function: str, found: Any) -> Callable[..., Any]:
+  """Give what builds the model of a description, `build(rngs=…)`.
+
+  Args:
+    function: name of the public function, for the message.
+    found: what a file has, as `describe_model` wrote it.
+
+  Raises:
+    ValueError: it is no description, of a later version, or of a kind that is
+      not registered.
+  """
+  if not isinstance(found, dict):
+    raise ValueError(
+      f"{function}: the description is {found!r:.60}, expected an object."
+    )
+  version, kind = found.get("version"), found.get("model")
+  if type(version) is not int or version < 1:
+    raise ValueError(
+      f"{function}: version is {version!r:.60}, expected the number of the"
+      " description's form. Not ssmjax wrote this."
+    )
+  if version > _VERSION:
+    raise ValueError(
+      f"{function}: version is {version}, expected {_VERSION} at most. A later"
+      " version of ssmjax wrote this: install that one."
+    )
+  if found.keys() != {"version", "model", "config"}:
+    raise ValueError(
+      f"{function}: the description has the fields {', '.join(found):.200},"
+      " expected version, model and config."
+    )
+  known = lambda: isinstance(kind, str) and kind in _MODELS
+  if not known():
+    # The library's own register themselves there. A name that a file has is
+    # never imported.
+    importlib.import_module("ssmjax.models")
+  if not known():
+    raise ValueError(
+      f"{function}: model is {kind!r:.60}, expected one of"
+      f" {', '.join(_MODELS)}. A model of your own is known once the module"
+      " that registers it (ssmjax.types.register_model) is imported."
+    )
+  build = _MODELS[str(kind)].from_description
+  return functools.partial(build, found["config"])
 
 
 def check_shapes(

@@ -63,6 +63,7 @@ from ssmjax.models.rwkv4 import RWKV4, RWKV4Config, RWKV4State
 from ssmjax.models.s4 import S4, S4Config
 from ssmjax.models.s4_block import S4State
 from ssmjax.models.s4d import DSS, S4D, DSSConfig, S4DConfig
+from ssmjax.models.saving import load, save
 from ssmjax.models.ttt import TTTLinear, TTTLinearConfig, TTTLinearState
 
 __all__ = [
@@ -151,6 +152,8 @@ __all__ = [
   "gather_labels",
   "generate",
   "labelled_loss",
+  "load",
   "prefill",
   "register",
+  "save",
 ]

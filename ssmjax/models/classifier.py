@@ -1,11 +1,14 @@
 """A classifier of sequences around any mixer: embed, blocks, pool, head."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax.models.attention import token_positions
 from ssmjax.models.blocks import NORMS, apply_blocks, embed_tokens, stack_blocks
 from ssmjax.models.config import ClassifierConfig
+from ssmjax.models.config_json import describe_config, read_config
 from ssmjax.models.layers import (
   LayerNorm,
   clear_padding,
@@ -21,11 +24,13 @@ from ssmjax.types import (
   check_inexact,
   check_segment_ids,
   check_shapes,
+  register_model,
 )
 
 __all__ = ["Classifier"]
 
 
+@register_model("classifier")
 class Classifier(nnx.Module):
   """Classes of whole sequences, of tokens or of real features.
 
@@ -130,6 +135,17 @@ class Classifier(nnx.Module):
     """Project pooled features to classes, float32."""
     y = dense(features.astype(self.config.dtype), self.head[...])
     return y.astype(jnp.float32) + self.head_bias[...]
+
+  def description(self) -> dict[str, Any] | None:
+    """Describe the model as JSON, see `LanguageModel.description`."""
+    return describe_config(self.config)
+
+  @classmethod
+  def from_description(
+    cls, description: dict[str, Any], *, rngs: nnx.Rngs
+  ) -> "Classifier":
+    """Build the model that was described, with fresh parameters."""
+    return cls(read_config(description, ClassifierConfig), rngs=rngs)
 
   def _embed(self, inputs, ids):
     """Tokens or features, and positions, `[B, T, M]` float32."""

@@ -17,6 +17,7 @@ from ssmjax.models.blocks import (
   step_blocks,
 )
 from ssmjax.models.config import MixerConfig, ModelConfig
+from ssmjax.models.config_json import describe_config, read_config
 from ssmjax.models.layers import LayerNorm, clear_padding, linear_weight, normal
 from ssmjax.types import (
   Array,
@@ -24,6 +25,7 @@ from ssmjax.types import (
   Int,
   check_segment_ids,
   check_shapes,
+  register_model,
 )
 
 __all__ = ["Block", "LanguageModel", "MixerConfig", "ModelConfig", "ModelState"]
@@ -42,6 +44,7 @@ class ModelState(NamedTuple):
   length: Int[Array, " B"]
 
 
+@register_model("language_model")
 class LanguageModel(nnx.Module):
   """A causal language model.
 
@@ -199,6 +202,21 @@ class LanguageModel(nnx.Module):
     repeats = self.config.n_layers // len(self.blocks)
     layers = block_states(self.blocks, repeats, batch_size, max_length)
     return ModelState(layers, jnp.zeros((batch_size,), jnp.int32))
+
+  def description(self) -> dict[str, Any] | None:
+    """Describe the model as JSON; None if a mixer's kind is not registered.
+
+    This is what `config_to_json` gives of its configuration; with
+    `from_description`, what `ssmjax.types.register_model` asks for.
+    """
+    return describe_config(self.config)
+
+  @classmethod
+  def from_description(
+    cls, description: dict[str, Any], *, rngs: nnx.Rngs
+  ) -> "LanguageModel":
+    """Build the model that was described, with fresh parameters."""
+    return cls(read_config(description, ModelConfig), rngs=rngs)
 
   def _embed(self, tokens, length, segment_ids):
     """The start of the residual and the new length."""
