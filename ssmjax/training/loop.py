@@ -18,7 +18,12 @@ from ssmjax.training.checkpoints import Checkpoints
 from ssmjax.training.config import FitConfig, FitResult, Hook
 from ssmjax.training.determinism import ensure_deterministic
 from ssmjax.training.folder import RunFolder, StopRequest
-from ssmjax.training.loading import abstract_state, unstacked, with_sharding
+from ssmjax.training.loading import (
+  abstract_state,
+  keep_description,
+  unstacked,
+  with_sharding,
+)
 from ssmjax.training.metrics import MetricsLog, Progress, Sums
 
 
@@ -156,6 +161,8 @@ class _Run:
       StopRequest(config.minutes) as stop,
     ):
       self._folder = folder
+      if jax.process_index() == 0:
+        keep_description(self._directory, self._graphdef, abstract.params)
       self._checkpoints = Checkpoints(
         self._directory,
         config=folder.identity,
