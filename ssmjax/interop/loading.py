@@ -10,14 +10,14 @@ from jax.sharding import (
   AxisType,
   Mesh,
   NamedSharding,
-  SingleDeviceSharding,
 )
 
 from ssmjax.interop.folders import read_tensors
-from ssmjax.interop.naming import parameter_name, parameters
+from ssmjax.interop.naming import parameter_name
 from ssmjax.interop.planning import make_plan
 from ssmjax.interop.stacking import cut, insert
 from ssmjax.models import LanguageModel
+from ssmjax.models.parameters import shardings_of
 
 __all__ = ["abstract_pretrained", "load_pretrained"]
 
@@ -64,9 +64,9 @@ def load_pretrained(
   Args:
     path: the folder.
     sharding: where the parameters go: a `jax.sharding.Sharding` for all of
-      them, or a function of the abstract model (as `abstract_pretrained` gives
-      it) to a tree with a sharding for each; single-device and named ones.
-      None: the first device.
+      them, a tree with one for each, or a function of the abstract model (as
+      `abstract_pretrained` gives it) to such a tree; single-device and named
+      ones. None: the first device.
     dtype: of activations and of the weights of projections; None for float32.
       What decides about decays and the residual stays float32: A_log, D, the
       bias of Δ, norms, the convolution, the embedding. To train with
@@ -87,7 +87,7 @@ def load_pretrained(
   """
   plan = make_plan(path, dtype)
   _check_head(plan)
-  shardings = _shardings(plan.model, sharding)
+  shardings = shardings_of("load_pretrained", plan.model, sharding)
   automatic = {name: _automatic(kind) for name, kind in shardings.items()}
   found: dict[str, jax.Array] = {}
   for file, names in plan.files.items():
@@ -215,25 +215,3 @@ def _resharded(array, sharding) -> jax.Array:
   return jax.make_array_from_single_device_arrays(
     array.shape, sharding, [shard.data for shard in array.addressable_shards]
   )
-
-
-def _shardings(model, sharding) -> dict[str, Any]:
-  """Each parameter's sharding by name."""
-  if sharding is None:
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
-  if callable(sharding):
-    tree = sharding(model)
-  else:
-    tree = jax.tree.map(lambda _: sharding, model)
-  found = parameters(tree)
-  for name, shape in parameters(model).items():
-    kind = found.get(name)
-    if not isinstance(kind, NamedSharding | SingleDeviceSharding):
-      raise ValueError(
-        f"load_pretrained: the sharding of {name} is {kind!r}, expected a"
-        " NamedSharding or SingleDeviceSharding. Pass one for all"
-        " parameters, or a function that maps the abstract model to a tree"
-        " of them."
-      )
-    kind.shard_shape(shape.shape)  # Refuses what does not divide.
-  return found

@@ -1,25 +1,11 @@
 """What a language model's parameters are called, and where layers are."""
 
 from collections.abc import Iterator
-from typing import Any
-
-import jax
 
 from ssmjax.models import LanguageModel
+from ssmjax.models.parameters import parameter_name, parameters
 
 __all__ = ["layers", "parameter_name", "parameters"]
-
-
-def parameters(model: LanguageModel) -> dict[str, Any]:
-  """Give a model's arrays by name, as `blocks.0.mixer.A_log`."""
-  leaves = jax.tree.leaves_with_path(model)
-  return {parameter_name(path): leaf for path, leaf in leaves}
-
-
-def parameter_name(path: tuple[Any, ...]) -> str:
-  """Name the parameter that a path of JAX's leads to."""
-  name = jax.tree_util.keystr(path, simple=True, separator=".")
-  return name.removesuffix(".value")
 
 
 def layers(model: LanguageModel) -> Iterator[tuple[int, int, int]]:

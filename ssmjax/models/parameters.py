@@ -37,12 +37,12 @@ def shardings_of(
   """
   if sharding is None:
     sharding = SingleDeviceSharding(jax.local_devices()[0])
-  if isinstance(sharding, jax.sharding.Sharding):
-    tree = jax.tree.map(lambda _: sharding, model)
-  elif callable(sharding) and not isinstance(sharding, nnx.Module):
+  tree = sharding
+  # A module of shardings is callable too.
+  if callable(sharding) and not isinstance(sharding, nnx.Module):
     tree = sharding(model)
-  else:
-    tree = sharding
+  if jax.tree_util.treedef_is_leaf(jax.tree.structure(tree)):
+    tree = jax.tree.map(lambda _: tree, model)  # One for all.
   found = parameters(tree)
   for name, shape in parameters(model).items():
     kind = found.get(name)
