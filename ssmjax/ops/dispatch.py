@@ -63,7 +63,7 @@ def run(
     )
   if implementation is None and no_kernel is not None:
     implementation = "chunked"
-  if implementation in forms:
+  if implementation is not None and implementation in forms:
     return forms[implementation](*args, **static)
   table: dict[str, Passes] = {}
   if implementation != "pallas":
