@@ -1,6 +1,10 @@
 """The chunked selective scan equals its definition, in every option."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -379,3 +383,14 @@ def test_temporary_memory_grows_as_time_over_chunk():
   growth = temporary(1024) - temporary(512)
   kept_states = 512 // 16 * 16 * 128 * 4
   assert growth <= 2 * kept_states
+
+
+def test_constant_arguments_compile_and_equal_variables():
+  # In a process of its own: at a fault XLA's compiler ends it.
+  script = pathlib.Path(__file__).with_name("constant_arguments.py")
+  end = subprocess.run(
+    [sys.executable, script], capture_output=True, text=True, check=False,
+    env=os.environ | {"PYTHONPATH": str(script.parents[1])},
+  )  # fmt: skip
+  last = end.stdout.strip().splitlines()[-1:]
+  assert last == ["done"], f"ended {end.returncode} at {last}: {end.stderr}"

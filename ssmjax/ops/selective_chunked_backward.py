@@ -24,8 +24,7 @@ def backward_blocks(rows, shared, *, delta_softplus, ones):
   """The backward pass of `selective_fused.fused`."""
   dtype = fw.compute_dtype(rows, shared)
   shared = fw.prepare_shared(shared, ones, dtype)
-  with fw.one_kernel():
-    grads = _backward(delta_softplus, rows, shared)
+  grads = fw.one_kernel(_backward, delta_softplus, rows, shared)
   return grads | dict(A=grads["A"][:, ones:])
 
 

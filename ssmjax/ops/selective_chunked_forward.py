@@ -28,8 +28,7 @@ def forward_blocks(rows, shared, *, delta_softplus, ones, keep):
   """
   dtype = compute_dtype(rows, shared)
   shared = prepare_shared(shared, ones, dtype)
-  with one_kernel():
-    return _forward((delta_softplus, keep), rows, shared)
+  return one_kernel(_forward, (delta_softplus, keep), rows, shared)
 
 
 def saved_blocks(rows, shared, *, delta_softplus, ones):
@@ -111,15 +110,20 @@ def _forward_loops(static, rows, shared):
   return out if keep else (*out, None)
 
 
-def one_kernel():
-  """Compile the jitted function called within into one kernel on a CPU.
+def one_kernel(function, static, *args):
+  """Call a jitted function of arrays, compiled into one kernel on a CPU.
 
   XLA:CPU runs a loop as a dispatch per operation and step, which here would
   cost as much as the arithmetic. It compiles loops over a few bytes into one
   function instead; these attributes, which it sets itself on those, ask for
   the same. A compiler that does not know them ignores them.
   """
-  return set_xla_metadata(xla_cpu_small_call="true", inlineable="false")
+  # XLA folds constants across a call, but its emitter of such a kernel aborts
+  # the process where an argument has no reader left. A barrier hides which
+  # arguments are constants; it is removed after all folding and costs nothing.
+  args = lax.optimization_barrier(args)
+  with set_xla_metadata(xla_cpu_small_call="true", inlineable="false"):
+    return function(static, *args)
 
 
 def inside_kernel():
