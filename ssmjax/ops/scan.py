@@ -10,6 +10,7 @@ from jax import lax
 from ssmjax.ops import dispatch
 from ssmjax.ops.partition import divided
 from ssmjax.ops.platform_passes import OTHERS, Passes
+from ssmjax.ops.prefix import forget, prefix_states
 from ssmjax.ops.scan_fused import flattened_kernel, fused
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.varying import match_varying
@@ -179,7 +180,7 @@ def _associative(a, b, state, valid, restart, *, reverse):
   """All of T at once; differentiable to any order."""
   y_dtype = _y_dtype(a, b, state)
   a, b = _without_padding(a, b, state, valid)
-  y, final = _prefix(a, b, state, _wide(restart, b), reverse=reverse)
+  y, final = prefix_states(a, b, state, _wide(restart, b), reverse=reverse)
   return _zero_padding(y, valid).astype(y_dtype), final
 
 
@@ -199,33 +200,6 @@ def _zero_padding(y, valid):
 def _wide(mask, b):
   """A mask `[B, T]` with b's rank, or None."""
   return None if mask is None else lax.expand_dims(mask, range(2, b.ndim))
-
-
-def _forget(state, restart):
-  """0 where the state restarts, by choice: 0 times infinity is no 0."""
-  return state if restart is None else jnp.where(restart, 0, state)
-
-
-def _prefix(a, b, state, restart, *, reverse):
-  """y and the final state by `lax.associative_scan`."""
-  a = jnp.broadcast_to(a, b.shape)
-  # The first token of a call never restarts.
-  first = -1 if reverse else 0
-  b = b.at[:, first].add(a[:, first] * state)
-  if restart is None:
-    combine = lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1])
-    elements = (a, b)
-  else:
-    # A piece with a restart in it has decay 0 and takes nothing from before.
-    # Chosen on both sides of each product: its derivative is a product too.
-    def combine(l, r):
-      (a, b, cut), (c, d, cut_r) = l, r
-      either = cut | cut_r
-      return _forget(a * c, either), c * _forget(b, cut_r) + d, either
-
-    elements = (_forget(a, restart), b, restart)
-  y = lax.associative_scan(combine, elements, axis=1, reverse=reverse)[1]
-  return y, y[:, 0 if reverse else -1]
 
 
 def _forward_pass(scan, a, b, state, valid, restart, *, reverse, keep):
@@ -291,11 +265,11 @@ def _backward_associative(a, y, state, restart, dy, dfinal, *, reverse):
   before = _shift(y, state, back=reverse)
   cut = None
   if restart is not None:
-    before = _forget(before, restart)
+    before = forget(before, restart)
     never = jnp.zeros_like(restart[:, 0])
     cut = _shift(restart, never, back=not reverse)
   # A cotangent in JAX pairs without conjugation, so complex a needs none.
-  g, _ = _prefix(after, dy, dfinal, cut, reverse=not reverse)
+  g, _ = prefix_states(after, dy, dfinal, cut, reverse=not reverse)
   da = _sum_to(g * before, a.shape)
   first = -1 if reverse else 0
   dstate = full[:, first] * g[:, first]
@@ -317,7 +291,7 @@ def _loop(a, b, state, restart, *, reverse):
     h, y = carry
     t = length - 1 - i if reverse else i
     row = functools.partial(_row, t=t)
-    h = row(a) * _forget(h, row(restart)) + row(b)
+    h = row(a) * forget(h, row(restart)) + row(b)
     return h, lax.dynamic_update_index_in_dim(y, h, t, 1)
 
   h, y = lax.fori_loop(0, length, body, (state, jnp.zeros_like(b)))
@@ -338,12 +312,12 @@ def _backward_loop(a, y, state, restart, dy, dfinal, *, reverse):
     before = jnp.where(i == length - 1, state, _row(y, previous))
     cut = _row(restart, t)
     at = 0 if shared else t
-    part = _sum_to(g * _forget(before, cut), (a.shape[0], *a.shape[2:]))
+    part = _sum_to(g * forget(before, cut), (a.shape[0], *a.shape[2:]))
     if shared:
       part = part + _row(da, 0)
     da = lax.dynamic_update_index_in_dim(da, part, at, 1)
     db = lax.dynamic_update_index_in_dim(db, g, t, 1)
-    return _forget(_row(a, at) * g, cut), da, db
+    return forget(_row(a, at) * g, cut), da, db
 
   zeros = (jnp.zeros_like(a), jnp.zeros_like(y))
   dstate, da, db = lax.fori_loop(0, length, body, (dfinal, *zeros))
@@ -377,7 +351,7 @@ def _passes(scan, adjoint):
 _RESULTS = (_forward_results, _backward_results)
 _CHUNKED = {
   "cpu": _passes(_loop, _backward_loop),
-  OTHERS: _passes(_prefix, _backward_associative),
+  OTHERS: _passes(prefix_states, _backward_associative),
 }
 
 

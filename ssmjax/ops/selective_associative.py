@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssmjax.ops.prefix import prefix_states
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import state_dtype
 
@@ -101,11 +102,10 @@ def scan_chunk(state, xs, *, A, D, delta_bias, delta_softplus, ones):
   A = A.astype(dtype if jnp.iscomplexobj(A) else real)
   a = jnp.exp(dt[..., None].astype(A.dtype) * A[None, None]).astype(dtype)
   a = jnp.concatenate([jnp.ones((*dt.shape, ones), dtype), a], -1)
-  if restart is not None:
-    a = jnp.where(restart[..., None, None], jnp.zeros_like(a), a)
   b = (dt * u)[..., None].astype(dtype) * B.astype(dtype)[:, :, None]
-  b = b.at[:, 0].add(a[:, 0] * state)
-  _, h = lax.associative_scan(_combine, (a, b), axis=1)
+  if restart is not None:
+    restart = restart[..., None, None]
+  h, state = prefix_states(a, b, state, restart)
   # A product and a sum: a matmul of this shape is slower on every backend.
   y = (C.astype(dtype)[:, :, None] * h).sum(-1).real
   skip = None
@@ -120,13 +120,7 @@ def scan_chunk(state, xs, *, A, D, delta_bias, delta_softplus, ones):
     y = y * jax.nn.silu(z.astype(real))
   if valid is not None:
     y = jnp.where(valid[..., None], y, jnp.zeros_like(y))
-  return h[:, -1], y.astype(y_dtype)
-
-
-def _combine(left, right):
-  a_left, b_left = left
-  a_right, b_right = right
-  return a_left * a_right, a_right * b_left + b_right
+  return state, y.astype(y_dtype)
 
 
 def _initial(u, B, initial_state, dtype):

@@ -126,7 +126,7 @@ def _backward_rows(token, own, softplus_on):
   dt, slope = fw.step_size(token, own, softplus_on)
   u, d_y = token["u"], token["d_y"]
   rows = dict(B=token["B"], C=token["C"], dt=dt, slope=slope, u=u, dx=dt * u)
-  rows |= {k: token[k] for k in ("restart", "direct") if k in token}
+  rows |= {k: token[k] for k in ("restart", "direct", "valid") if k in token}
   rows["d_out"] = d_y
   if "z" in token:
     z = token["z"]
@@ -180,7 +180,11 @@ def _reverse(g, token, own, sums, scratch, lanes):
     d_B = put(d_B, _fold(g, row("new_dx"), lanes)[None], (k, 0, 0))
     after = _fold(all_h, row("new_d_out"), lanes, k + 1)
     d_C = put(d_C, after[None], (k, 0, 0))
-    g = lax.optimization_barrier(g * take(decay, k))
+    g = g * take(decay, k)
+    if "restart" in token:
+      # The decay is 0 here, but 0 times a cotangent of NaN is not.
+      g = jnp.where(row("restart"), jnp.zeros_like(g), g)
+    g = lax.optimization_barrier(g)
 
     def before(n):
       h = get(all_h, (k, n, 0), (1, 1, width))[0, 0]
@@ -215,16 +219,23 @@ def _chunk_grads(token, own, sums, scratch, grads, b, start, d):
     d_u = d_u + d_out * skip
   if "direct" in token:
     d_dt = d_dt + token["direct"][:, None] * d_out * u
-  d_delta = d_dt * token["slope"]
-  columns = dict(u=d_u, delta=d_delta)
+  clean = lambda x: x
+  if "valid" in token:
+    # Steps of padding, and those that the chunk before has too, give nothing:
+    # their factors are 0, but 0 times a state of NaN is not.
+    def clean(x):
+      mask = lax.broadcast_in_dim(token["valid"], x.shape, (0,))
+      return jnp.where(mask, x, jnp.zeros_like(x))
+
+  d_delta = clean(d_dt * token["slope"])
+  columns = dict(u=clean(d_u), delta=d_delta)
   if "d_gate" in token:
     y = scratch["y"] if skip is None else scratch["y"] + skip * u
-    columns["z"] = token["d_gate"] * y
+    columns["z"] = clean(token["d_gate"] * y)
   grads = dict(grads)
   for name, x in columns.items():
     x = x.astype(grads[name].dtype)[None]
     grads[name] = put(grads[name], x, (b, start, d))
-  # Steps before `first` add zero: their d_out and dx are zero.
   added = dict(B=_sum_lanes(scratch["B"]), C=_sum_lanes(scratch["C"]))
   if "direct" in token:
     product = token["new_d_out"] * token["dx"]
@@ -233,7 +244,7 @@ def _chunk_grads(token, own, sums, scratch, grads, b, start, d):
   for name, x in added.items():
     at = (b, start, 0)[: x.ndim + 1]
     old = get(grads[name], at, (1, *x.shape))
-    grads[name] = put(grads[name], old + x[None], at)
+    grads[name] = put(grads[name], old + clean(x)[None], at)
   over_time = lambda x: fw.tree_sum([x[k] for k in range(x.shape[0])])
   sums = sums | dict(
     D=sums["D"] + over_time(d_out * u), bias=sums["bias"] + over_time(d_delta)

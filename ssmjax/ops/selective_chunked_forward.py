@@ -85,6 +85,9 @@ def _forward_loops(static, rows, shared):
           out = out + row("skip")
         if "gate" in token:
           out = out * row("gate")
+        if "valid" in token:
+          # By choice: a padded C is 0, but 0 times a state of NaN is not.
+          out = jnp.where(row("valid"), out, jnp.zeros_like(out))
         out = out.astype(y.dtype)[None, None]
         return h, put(y, out, (b, start + k, d))
 
@@ -195,7 +198,8 @@ def load_chunk(rows, own, b, start, d, chunk, width, dtype):
 def forward_rows(token, own, softplus_on):
   """Everything about a chunk that has no state axis, computed at once."""
   dt, _ = step_size(token, own, softplus_on)
-  rows = {name: token[name] for name in ("B", "C", "restart") if name in token}
+  kept = ("B", "C", "restart", "valid")
+  rows = {name: token[name] for name in kept if name in token}
   rows |= dict(dt=dt, dx=dt * token["u"])
   skip = skip_factor(token, own, dt)
   if skip is not None:
