@@ -83,7 +83,7 @@ TABLE = {
   ),
   "ttt": (
     by_name(ops.ttt_linear, "chunked"),
-    {name: (1, T, H, P) for name in "qkv"} | {"rate": (1, T, H)},
+    dict.fromkeys("qkv", (1, T, H, P)) | {"rate": (1, T, H)},
     {"learner": learner}, learner_state,
   ),
   "lti associative": (
@@ -135,7 +135,7 @@ def check(case):
 
   def seen(tokens, state, bad):
     """All that is to stay as it is while document `bad` is not finite."""
-    kept = (IDS > 0) & (IDS != bad)
+    kept = (IDS > 0) & (bad != IDS)
     (_, (y, final)), grads = both(tokens, state, jnp.asarray(kept), bad != 3)
     own = {name: np.asarray(x)[kept] for name, x in grads[0].items()}
     padded = [np.asarray(x)[IDS == 0] for x in (y, *grads[0].values())]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssmjax.ops.delta_chunked import delta_rule_chunked
+from ssmjax.ops.empty import any_rows
 from ssmjax.ops.partition import divided
 from ssmjax.ops.reverse_only import refused_by_name, reverse_only
 from ssmjax.ops.segments import segment_masks
@@ -179,6 +180,7 @@ def _token(state, q, k, v, beta, log_a, valid, restart):
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
+@any_rows
 def _delta_rule(
   q, k, v, beta, log_a, initial_state, segment_ids, *, implementation
 ):

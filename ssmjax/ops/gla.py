@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssmjax.ops.empty import any_rows
 from ssmjax.ops.gla_chunked import gla_chunked
 from ssmjax.ops.partition import divided
 from ssmjax.ops.reverse_only import refused_by_name
@@ -198,6 +199,7 @@ def _token(state, q, k, v, log_a, valid, restart, *, bonus, scale):
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "implementation"))
+@any_rows
 def _gated_linear_attention(*arrays, scale, implementation):
   """The attention of each device's part, if there are several."""
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssmjax.ops.conv import check_convolution
+from ssmjax.ops.empty import any_rows
 from ssmjax.ops.long_conv_fft import convolve
 from ssmjax.ops.partition import divided
 from ssmjax.ops.segments import segment_masks
@@ -150,6 +151,7 @@ def _token(state, token, oldest_first, skip):
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
+@any_rows
 def _long_conv(x, kernel, D, initial_state, segment_ids, implementation):
   """The convolution of each device's part, if there are several."""
 

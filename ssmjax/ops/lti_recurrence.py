@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ssmjax.ops.empty import any_rows
 from ssmjax.ops.lti_blocks import last_chunk, taps
 from ssmjax.ops.lti_powers import integer_powers
 from ssmjax.ops.partition import divided
@@ -156,6 +157,7 @@ def _token(state, token, a, b, c, skip):
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
+@any_rows
 def _lti_scan(x, a, b, c, D, initial_state, segment_ids, implementation):
   """The scan of each device's part, if there are several."""
   forms = {

@@ -1,4 +1,4 @@
-"""States of a linear recurrence by `jax.lax.associative_scan`, with restarts."""
+"""A linear recurrence by `jax.lax.associative_scan`, with restarts."""
 
 import jax.numpy as jnp
 from jax import lax

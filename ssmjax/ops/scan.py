@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssmjax.ops import dispatch
+from ssmjax.ops.empty import any_rows
 from ssmjax.ops.partition import divided
 from ssmjax.ops.platform_passes import OTHERS, Passes
 from ssmjax.ops.prefix import forget, prefix_states
@@ -138,6 +139,7 @@ def _token(state, a, b, valid, restart):
 
 
 @functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
+@functools.partial(any_rows, place=1)
 def _linear_scan(a, b, initial_state, segment_ids, *, reverse, implementation):
   """The scan of each device's part, if there are several."""
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssmjax.ops import dispatch
+from ssmjax.ops.empty import any_rows
 from ssmjax.ops.partition import divided
 from ssmjax.ops.segments import last_valid, segment_masks
 from ssmjax.ops.selective_associative import (
@@ -206,6 +207,7 @@ def selective_scan_reference(
   jax.jit,
   static_argnames=("delta_softplus", "polarization", "implementation"),
 )
+@any_rows
 def _selective_scan(*arrays, delta_softplus, polarization, implementation):
   """The scan of each device's part, if there are several."""
   options = dict(delta_softplus=delta_softplus, polarization=polarization)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssmjax.ops.empty import any_rows
 from ssmjax.ops.gla_chunked import gla_chunked
 from ssmjax.ops.partition import divided
 from ssmjax.ops.reverse_only import refused_by_name
@@ -200,7 +201,8 @@ def _token(
   step, log_a = _discretise(
     dt, rate, dt_bias, valid, dtype, dt_softplus, dt_limits
   )
-  by_group = lambda a: a.reshape(a.shape[0], B.shape[1], -1, *a.shape[2:])
+  groups, of_group = B.shape[1], x.shape[1] // B.shape[1]
+  by_group = lambda a: a.reshape(a.shape[0], groups, of_group, *a.shape[2:])
   write = by_group(step[..., None] * x)[..., None]
   write = (write * B.astype(dtype)[:, :, None, None]).reshape(state.shape)
   state = jnp.exp(log_a)[..., None, None] * state + write
@@ -214,6 +216,7 @@ def _token(
   static_argnames=("dt_softplus", "dt_limits", "polarization",
                    "implementation"),
 )  # fmt: skip
+@any_rows
 def _ssd(
   x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids, *, polarization,
   implementation, **options,

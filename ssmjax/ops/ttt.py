@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssmjax.ops.empty import any_rows
 from ssmjax.ops.partition import divided
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.ttt_windows import TTTState, inner_output, inner_slope, windows
@@ -238,6 +239,7 @@ def _token(learner, state, q, k, v, rate, valid, restart):
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
+@any_rows
 def _ttt_linear(
   q, k, v, rate, learner, initial_state, segment_ids, *, implementation
 ):
