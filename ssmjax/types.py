@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Complex, Float, Inexact, Int
 
 __all__ = [
@@ -24,8 +25,11 @@ __all__ = [
   "Int",
   "Polarization",
   "Recurrence",
+  "check_arrays",
   "check_choice",
   "check_inexact",
+  "check_number",
+  "check_polarization",
   "check_segment_ids",
   "check_shapes",
   "describe_model",
@@ -241,6 +245,24 @@ def read_description(function: str, found: Any) -> Callable[..., Any]:
   return functools.partial(build, found["config"])
 
 
+def check_arrays(function: str, **arguments: Any) -> None:
+  """Raise ValueError for a required argument that is None or is no array.
+
+  A number is no array either: no argument that is checked here broadcasts.
+  """
+  for name, value in arguments.items():
+    if value is None:
+      raise ValueError(
+        f"{function}: {name} is None, expected an array. It is required."
+      )
+    if isinstance(value, (bool, int, float, complex)):
+      raise ValueError(
+        f"{function}: {name} is {value!r}, expected an array. Pass"
+        f" jnp.full(shape, {value!r})."
+      )
+    _dtype(function, name, value)
+
+
 def check_shapes(
   function: str,
   arguments: Mapping[str, tuple[Any, str]],
@@ -266,6 +288,7 @@ def check_shapes(
   for name, (value, letters) in arguments.items():
     if value is None:
       continue
+    _dtype(function, name, value)
     shape = jnp.shape(value)
     wanted: list[tuple[str, int | None]] = []
     for letter in letters.split():
@@ -304,12 +327,36 @@ def check_choice(function: str, name: str, value: Any, choices) -> None:
     )
 
 
+def check_number(
+  function: str, name: str, value: Any, *, whole: bool = False
+) -> None:
+  """Raise ValueError unless `value` is a Python or NumPy number, no bool.
+
+  What is a number here is fixed when a function is traced.
+  """
+  kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+  if isinstance(value, bool) or not isinstance(value, kinds):
+    raise ValueError(
+      f"{function}: {name} is {value!r}, expected"
+      f" {'a whole' if whole else 'a Python'} number."
+    )
+
+
+def check_polarization(function: str, value: Any) -> None:
+  """Raise ValueError unless `value` is a `Polarization` or None."""
+  if value is not None and not isinstance(value, Polarization):
+    raise ValueError(
+      f"{function}: polarization is {value!r}, expected a Polarization or"
+      " None. Pass ssmjax.types.Polarization(ones=1, zeros=1)."
+    )
+
+
 def check_inexact(function: str, **arguments: Any) -> None:
   """Raise ValueError for an argument that is not float or complex."""
   for name, value in arguments.items():
     if value is None:
       continue
-    dtype = jnp.result_type(value)
+    dtype = _dtype(function, name, value)
     if not jnp.issubdtype(dtype, jnp.inexact):
       raise ValueError(
         f"{function}: {name} has dtype {dtype.name}, expected a floating"
@@ -321,13 +368,36 @@ def check_segment_ids(function: str, segment_ids: Any) -> None:
   """Raise ValueError unless `segment_ids` is None or of an integer dtype."""
   if segment_ids is None:
     return
-  dtype = jnp.result_type(segment_ids)
+  dtype = _dtype(function, "segment_ids", segment_ids)
   if not jnp.issubdtype(dtype, jnp.integer):
     raise ValueError(
       f"{function}: segment_ids has dtype {dtype.name}, expected int32:"
       " 1-based segment numbers, 0 for padding. From a mask, pass"
       " mask.astype(jnp.int32)."
     )
+
+
+def _dtype(function, name, value):
+  """The dtype of an array or a number; ValueError for what is neither."""
+  if not _is_array(value):
+    lists = isinstance(value, (list, tuple))
+    raise ValueError(
+      f"{function}: {name} is a {type(value).__name__}, expected an array."
+      f" Pass {f'jnp.asarray({name})' if lists else 'a JAX or NumPy array'}."
+    )
+  try:
+    return jnp.result_type(value)
+  except TypeError as error:
+    raise ValueError(
+      f"{function}: {name} has dtype {value.dtype}, expected numbers. Pass a"
+      " JAX or NumPy array of them."
+    ) from error
+
+
+def _is_array(value):
+  # Variables of flax stand for the array that they hold.
+  arrays = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+  return isinstance(value, arrays) or hasattr(value, "__jax_array__")
 
 
 def real_dtype(*values: Any):

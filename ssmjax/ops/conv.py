@@ -9,6 +9,7 @@ from ssmjax.types import (
   Array,
   Float,
   Int,
+  check_arrays,
   check_inexact,
   check_segment_ids,
   check_shapes,
@@ -208,6 +209,9 @@ def check_convolution(
   state_name = "initial_state" if time else "state"
   arrays = {"x": x, name: taps, per_channel[0]: per_channel[1]}
   arrays[state_name] = state
+  check_arrays(function, **{"x": x, name: taps})
+  if not time:
+    check_arrays(function, state=state)
   check_inexact(function, **arrays)
   for key, value in arrays.items():
     if value is not None and jnp.iscomplexobj(value):

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssmjax.ops.varying import match_varying
-from ssmjax.types import Array, Float, Int, check_inexact, check_shapes
+from ssmjax.types import (
+  Array,
+  Float,
+  Int,
+  check_arrays,
+  check_inexact,
+  check_number,
+  check_shapes,
+)
 
 __all__ = ["linear_cross_entropy"]
 
@@ -55,6 +63,7 @@ def linear_cross_entropy(
   1.0
   """
   function = "linear_cross_entropy"
+  check_arrays(function, features=features, weight=weight, targets=targets)
   check_inexact(function, features=features, weight=weight, weights=weights)
   check_shapes(
     function,
@@ -71,9 +80,11 @@ def linear_cross_entropy(
       f"{function}: targets has dtype {dtype.name}, expected class numbers of"
       " an integer type. Pass targets.astype(jnp.int32)."
     )
+  if softcap is not None:
+    check_number(function, "softcap", softcap)
   if softcap is not None and not softcap > 0:
     raise ValueError(
-      f"{function}: softcap is {softcap}, expected a number above 0, or None."
+      f"{function}: softcap is {softcap!r}, expected a number above 0, or None."
     )
   if weights is None:
     weights = jnp.ones(targets.shape, jnp.float32)

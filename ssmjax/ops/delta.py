@@ -20,6 +20,7 @@ from ssmjax.types import (
   Array,
   Float,
   Int,
+  check_arrays,
   check_choice,
   check_inexact,
   check_segment_ids,
@@ -218,6 +219,9 @@ def _check(function, q, k, v, beta, log_a, state, segment_ids, *, time=True):
   state_name = "initial_state" if time else "state"
   arrays = dict(q=q, k=k, v=v, beta=beta, log_a=log_a)
   arrays[state_name] = state
+  check_arrays(function, q=q, k=k, v=v, beta=beta)
+  if not time:
+    check_arrays(function, state=state)
   check_inexact(function, **arrays)
   for name, value in arrays.items():
     if value is not None and jnp.iscomplexobj(value):

@@ -20,8 +20,10 @@ from ssmjax.types import (
   Array,
   Float,
   Int,
+  check_arrays,
   check_choice,
   check_inexact,
+  check_number,
   check_segment_ids,
   check_shapes,
   real_dtype,
@@ -104,8 +106,8 @@ def gated_linear_attention(
   >>> y[0, :, 0, 0]
   Array([1.  , 1.5 , 1.75], dtype=float32)
   """
-  _check("gated_linear_attention", q, k, v, log_a, bonus, initial_state,
-         segment_ids)  # fmt: skip
+  _check("gated_linear_attention", q, k, v, log_a, bonus, scale,
+         initial_state, segment_ids)  # fmt: skip
   if implementation is not None:
     check_choice("gated_linear_attention", "implementation", implementation,
                  ("reference", "chunked"))  # fmt: skip
@@ -136,7 +138,7 @@ def gated_linear_attention_step(
   Returns:
     y `[B, H, V]` of v's dtype and the new state `[B, H, K, V]`.
   """
-  _check("gated_linear_attention_step", q, k, v, log_a, bonus, state,
+  _check("gated_linear_attention_step", q, k, v, log_a, bonus, scale, state,
          segment_ids, time=False)  # fmt: skip
   valid = None if segment_ids is None else segment_ids > 0
   state = state.astype(_dtype(q, k, v, log_a, bonus, state))
@@ -157,7 +159,7 @@ def gated_linear_attention_reference(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Define `gated_linear_attention`: a loop of its step over the tokens."""
   _check("gated_linear_attention_reference", q, k, v, log_a, bonus,
-         initial_state, segment_ids)  # fmt: skip
+         scale, initial_state, segment_ids)  # fmt: skip
   state = _initial(q, k, v, log_a, bonus, initial_state)
   log_a = _spread(log_a, k, state.dtype)
   time_first = lambda x: None if x is None else jnp.moveaxis(x, 1, 0)
@@ -253,11 +255,15 @@ def _spread(log_a, k, dtype):
 
 
 def _check(
-  function, q, k, v, log_a, bonus, state, segment_ids, *, time=True
+  function, q, k, v, log_a, bonus, scale, state, segment_ids, *, time=True
 ):  # fmt: skip
   state_name = "initial_state" if time else "state"
   arrays = {"q": q, "k": k, "v": v, "log_a": log_a, "bonus": bonus,
             state_name: state}  # fmt: skip
+  check_arrays(function, q=q, k=k, v=v)
+  check_number(function, "scale", scale)
+  if not time:
+    check_arrays(function, state=state)
   check_inexact(function, **arrays)
   for name, value in arrays.items():
     if value is not None and jnp.iscomplexobj(value):

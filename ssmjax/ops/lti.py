@@ -14,6 +14,7 @@ from ssmjax.types import (
   Complex,
   Float,
   Inexact,
+  check_arrays,
   check_inexact,
   real_dtype,
   state_dtype,
@@ -157,7 +158,9 @@ def bilinear_dplr(
   Array([0.+0.j], dtype=complex64)
   """
   function = "bilinear_dplr"
+  check_arrays(function, A=A, P=P, B=B)
   Q = P if Q is None else Q
+  check_arrays(function, Q=Q)
   shapes = [jnp.shape(x) for x in (A, P, B, Q)]
   for name, shape in zip("APBQ", shapes, strict=True):
     if shape[-1:] != shapes[0][-1:]:
@@ -217,8 +220,10 @@ def _to_rank(x, rank):
 
 def _arguments(function, A, B, dt, dense):
   """A, B and dt at full precision and, with its axis N, of equal ranks."""
+  check_arrays(function, A=A, B=B)
   check_inexact(function, A=A, B=B)
   if not isinstance(dt, (int, float)):
+    check_arrays(function, dt=dt)
     check_inexact(function, dt=dt)
   if jnp.iscomplexobj(dt):
     raise ValueError(f"{function}: dt is complex, expected a real step.")

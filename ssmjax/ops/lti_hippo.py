@@ -5,7 +5,11 @@ Computed in float64 on the host: they are initial values and constants.
 
 import numpy as np
 
-from ssmjax.types import Complex, Float
+from ssmjax.types import (
+  Complex,
+  Float,
+  check_number,
+)
 
 __all__ = ["hippo_legs", "hippo_legs_dplr", "hippo_legt"]
 
@@ -123,6 +127,7 @@ def hippo_legt(
   [[-1.0, -1.0], [3.0, -3.0]]
   """
   _check("hippo_legt", size)
+  check_number("hippo_legt", "window", window)
   if not window > 0:
     raise ValueError(
       f"hippo_legt: window is {window}, expected a length of time above 0."
@@ -136,5 +141,6 @@ def hippo_legt(
 
 
 def _check(function, size):
+  check_number(function, "size", size, whole=True)
   if size < 1:
     raise ValueError(f"{function}: size is {size}, expected N >= 1.")

@@ -21,6 +21,7 @@ from ssmjax.types import (
   Complex,
   Float,
   Inexact,
+  check_arrays,
   check_choice,
   check_inexact,
   real_dtype,
@@ -332,6 +333,7 @@ def _fast_length(count):
 
 def _arguments(function, length, dt, **arrays):
   """The arrays `[D, N]` and dt `[D, 1]`, at full precision."""
+  check_arrays(function, **arrays, dt=dt)
   check_inexact(function, **arrays, dt=dt)
   if jnp.iscomplexobj(dt):
     raise ValueError(f"{function}: dt is complex, expected a real step.")

@@ -15,6 +15,7 @@ from ssmjax.types import (
   Array,
   Float,
   Int,
+  check_arrays,
   check_choice,
   check_inexact,
   check_segment_ids,
@@ -258,6 +259,9 @@ def _initial(x, a, b, c, state):
 def _check(function, x, a, b, c, state, segment_ids, *, time=True):
   state_name = "initial_state" if time else "state"
   arrays = dict(x=x, a=a, b=b, c=c) | {state_name: state}
+  check_arrays(function, x=x, a=a, b=b, c=c)
+  if not time:
+    check_arrays(function, state=state)
   check_inexact(function, **arrays)
   for name, value in arrays.items():
     if value is not None and jnp.iscomplexobj(value):

@@ -20,6 +20,7 @@ from ssmjax.types import (
   Float,
   Inexact,
   Int,
+  check_arrays,
   check_choice,
   check_inexact,
   check_segment_ids,
@@ -297,6 +298,9 @@ def _wide(dtype, a, b, c, D):
 def _check(function, x, a, b, c, D, state, segment_ids, *, time=True):
   state_name = "initial_state" if time else "state"
   arrays = dict(x=x, a=a, b=b, c=c, D=D)
+  check_arrays(function, x=x, a=a, b=b, c=c)
+  if not time:
+    check_arrays(function, state=state)
   check_inexact(function, **arrays, **{state_name: state})
   for name in "xD":
     if arrays[name] is not None and jnp.iscomplexobj(arrays[name]):

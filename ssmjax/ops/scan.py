@@ -19,6 +19,8 @@ from ssmjax.types import (
   Array,
   Inexact,
   Int,
+  check_arrays,
+  check_choice,
   check_inexact,
   check_segment_ids,
   check_shapes,
@@ -71,6 +73,8 @@ def linear_scan(
   Array([[1.  , 1.5 , 1.75]], dtype=float32)
   """
   _check("linear_scan", a, b, initial_state, segment_ids)
+  check_choice("linear_scan", "implementation", implementation,
+               (None, *dispatch.IMPLEMENTATIONS))  # fmt: skip
   return _linear_scan(
     a, b, initial_state, segment_ids, reverse=reverse,
     implementation=implementation,
@@ -371,6 +375,9 @@ def _y_dtype(a, b, state):
 
 def _check(function, a, b, state, segment_ids, *, time=True):
   state_name = "initial_state" if time else "state"
+  check_arrays(function, a=a, b=b)
+  if not time:
+    check_arrays(function, state=state)
   check_inexact(function, a=a, b=b, **{state_name: state})
   shape, decay = jnp.shape(b), jnp.shape(a)
   axes = "B T" if time else "B"

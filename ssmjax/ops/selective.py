@@ -30,8 +30,10 @@ from ssmjax.types import (
   Inexact,
   Int,
   Polarization,
+  check_arrays,
   check_choice,
   check_inexact,
+  check_polarization,
   check_segment_ids,
   check_shapes,
   state_dtype,
@@ -115,6 +117,8 @@ def selective_scan(
   """
   _check("selective_scan", u, delta, A, B, C, D, z, delta_bias,
          polarization, initial_state, segment_ids)  # fmt: skip
+  check_choice("selective_scan", "implementation", implementation,
+               (None, *dispatch.IMPLEMENTATIONS))  # fmt: skip
   return _selective_scan(
     u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids,
     delta_softplus=delta_softplus, polarization=polarization,
@@ -321,6 +325,10 @@ def _check(
   segment_ids, *, time=True,
 ):  # fmt: skip
   state_name = "initial_state" if time else "state"
+  check_arrays(function, u=u, delta=delta, A=A, B=B, C=C)
+  check_polarization(function, polarization)
+  if not time:
+    check_arrays(function, state=state)
   check_inexact(function, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z,
                 delta_bias=delta_bias, **{state_name: state})  # fmt: skip
   for name, value in dict(

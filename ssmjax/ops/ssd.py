@@ -23,8 +23,11 @@ from ssmjax.types import (
   Float,
   Int,
   Polarization,
+  check_arrays,
   check_choice,
   check_inexact,
+  check_number,
+  check_polarization,
   check_segment_ids,
   check_shapes,
   real_dtype,
@@ -344,6 +347,10 @@ def _check(
   state_name = "initial_state" if time else "state"
   arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z,
             "dt_bias": dt_bias, state_name: state}  # fmt: skip
+  check_arrays(function, x=x, dt=dt, A=A, B=B, C=C)
+  check_polarization(function, polarization)
+  if not time:
+    check_arrays(function, state=state)
   check_inexact(function, **arrays)
   for name, value in arrays.items():
     if value is not None and jnp.iscomplexobj(value):
@@ -384,7 +391,14 @@ def _check(
       f"{function}: B has G={sizes['G']} groups, expected a divisor of the"
       f" H={heads} heads of x."
     )
+  pair = isinstance(dt_limits, (tuple, list)) and len(dt_limits) == 2
+  if not pair:
+    raise ValueError(
+      f"{function}: dt_limits is {dt_limits!r}, expected (least, greatest)."
+    )
   low, high = dt_limits
+  for limit in dt_limits:
+    check_number(function, "dt_limits", limit)
   if not 0 <= low <= high:
     raise ValueError(
       f"{function}: dt_limits is {dt_limits!r}, expected (least, greatest)"

@@ -19,8 +19,10 @@ from ssmjax.types import (
   Array,
   Float,
   Int,
+  check_arrays,
   check_choice,
   check_inexact,
+  check_number,
   check_segment_ids,
   check_shapes,
   real_dtype,
@@ -177,6 +179,26 @@ def ttt_positions(
     segment_ids: as for `ttt_linear`. Padding has the place of the token
       before it.
   """
+  function = "ttt_positions"
+  check_number(function, "size", size, whole=True)
+  if size < 1:
+    raise ValueError(f"{function}: size is {size}, expected 1 or more tokens.")
+  if not isinstance(shape, tuple) or len(shape) != 2:
+    raise ValueError(f"{function}: shape is {shape!r}, expected (B, T).")
+  for length in shape:
+    check_number(function, "shape", length, whole=True)
+  check_segment_ids(function, segment_ids)
+  check_shapes(
+    function,
+    {
+      "start": (start, f"B={shape[0]}"),
+      "segment_ids": (segment_ids, f"B={shape[0]} T={shape[1]}"),
+    },
+  )
+  if start is not None and not jnp.issubdtype(start.dtype, jnp.integer):
+    raise ValueError(
+      f"{function}: start has dtype {start.dtype.name}, expected int32."
+    )
   if start is None:
     start = jnp.zeros((shape[0],), jnp.int32)
   valid, restart = segment_masks(segment_ids)
@@ -204,7 +226,7 @@ def _token(learner, state, q, k, v, rate, valid, restart):
   if valid is not None:
     tokens = jax.tree.map(clear(~valid), tokens)
   q, k, v, rate = (x.astype(dtype) for x in tokens)
-  learner = TTTLearner(*(x.astype(dtype) for x in learner))
+  learner = TTTLearner(*(jnp.asarray(x, dtype) for x in learner))
   row = lambda x: jnp.broadcast_to(x[None], (k.shape[0], *x.shape))
   base_weight, base_bias = row(learner.weight), row(learner.bias)
   norm = row(learner.norm_scale), row(learner.norm_bias)
@@ -303,7 +325,20 @@ def _widened(state, dtype):
 
 def _check(function, q, k, v, rate, learner, state, segment_ids, *, time=True):
   arrays = dict(q=q, k=k, v=v, rate=rate)
+  state_name = "initial_state" if time else "state"
+  check_arrays(function, **arrays)
+  if not isinstance(learner, TTTLearner):
+    raise ValueError(
+      f"{function}: learner is a {type(learner).__name__}, expected a"
+      " TTTLearner of five arrays."
+    )
+  if not isinstance(state, TTTState) and not (time and state is None):
+    raise ValueError(
+      f"{function}: {state_name} is a {type(state).__name__}, expected a"
+      " TTTState. Pass what the call before returned."
+    )
   named = {f"learner.{name}": x for name, x in learner._asdict().items()}
+  check_arrays(function, **named)
   check_inexact(function, **arrays, **named)
   axes = "B T" if time else "B"
   wanted = {name: (x, f"{axes} H P") for name, x in arrays.items()}
@@ -312,12 +347,20 @@ def _check(function, q, k, v, rate, learner, state, segment_ids, *, time=True):
   wanted |= dict(zip(named, zip(named.values(), letters, strict=True),
                      strict=True))  # fmt: skip
   if state is not None:
-    name = "initial_state" if time else "state"
+    fields = {f"{state_name}.{k}": x for k, x in state._asdict().items()}
+    check_arrays(function, **fields)
+    position = fields.pop(f"{state_name}.position")
+    check_inexact(function, **fields)
+    if not jnp.issubdtype(position.dtype, jnp.integer):
+      raise ValueError(
+        f"{function}: {state_name}.position has dtype {position.dtype.name},"
+        " expected int32."
+      )
     letters = ("B H P P", "B H P", "B H P P", "B H P", "B")
     for field, value, letter in zip(
       TTTState._fields, state, letters, strict=True
     ):
-      wanted[f"{name}.{field}"] = (value, letter)
+      wanted[f"{state_name}.{field}"] = (value, letter)
   wanted["segment_ids"] = (segment_ids, axes)
   sizes = check_shapes(function, wanted)
   if time and sizes["T"] == 0:
