@@ -1,5 +1,7 @@
 """A linear recurrence by `jax.lax.associative_scan`, with restarts."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -30,9 +32,9 @@ def prefix_states(
   begins = None if restart is None else restart[:, first]
   carried = forget(a[:, first], begins) * forget(state, begins)
   b = b.at[:, first].add(carried)
+  scan = functools.partial(lax.associative_scan, axis=1, reverse=reverse)
   if restart is None:
-    combine = lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1])
-    elements = (a, b)
+    _, h = scan(lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1]), (a, b))
   else:
     # A piece with a restart in it has decay 0 and takes nothing from before.
     # Chosen on both sides of each product: its derivative is a product too.
@@ -41,8 +43,7 @@ def prefix_states(
       either = cut | cut_r
       return forget(a * c, either), c * forget(b, cut_r) + d, either
 
-    elements = (forget(a, restart), b, restart)
-  h = lax.associative_scan(combine, elements, axis=1, reverse=reverse)[1]
+    _, h, _ = scan(combine, (forget(a, restart), b, restart))
   return h, h[:, 0 if reverse else -1]
 
 
