@@ -3,7 +3,7 @@
 A state space model forgets (recency: every decay is below 1) and smooths
 (every decay is above 0). One channel with decay 1 keeps a running sum of its
 inputs for ever, one with decay 0 sees its own token only; together they mend
-both (Wang et al. 2025, §4.3). Everything here is a pure map on decays, so it
+both (Wang et al. 2025, §6). Everything here is a pure map on decays, so it
 serves every diagonal recurrence, not only Mamba's.
 """
 
@@ -79,7 +79,7 @@ def selective_decay(
   """The decays exp(ΔₜA) of an S6 layer, polarized.
 
   Aₜ = exp(Δₜ A) on learned channels, 1 on one-channels, 0 on zero-channels
-  (Wang et al. 2025, Eq. 3 and §4.3). The product is formed for learned
+  (Wang et al. 2025, Eq. 3 and App. E.5.1). The product is formed for learned
   channels only, so a zero-channel is exactly 0 whatever Δ is, Δ = 0 included.
 
   Args:

@@ -44,8 +44,8 @@ __all__ = [
 class Polarization:
   """Which channels of a diagonal recurrence have their decay held fixed.
 
-  Channels are ordered `ones`, learned, `zeros` (Wang et al. 2025, §4.3: the
-  first decay is 1, the last is 0).
+  Channels are ordered `ones`, learned, `zeros` (Wang et al. 2025, §6 and App.
+  E.5.1: the first decay is 1, the last is 0).
 
   Attributes:
     ones: number of channels whose decay is exactly 1 (running sums).

@@ -119,8 +119,8 @@ class Mamba(nnx.Module):
   Polarization holds the decay of some channels at 1 (they sum Δ B u for
   ever) and of others at 0 (they gate the present token).
 
-  Source: Gu & Dao 2023 (arXiv 2312.00752); Wang et al. 2025, §4.3; the norms:
-  Zuo et al. 2024 (FalconMamba, arXiv 2410.05355), §2.
+  Source: Gu & Dao 2023 (arXiv 2312.00752); Wang et al. 2025, §6 and App.
+  E.5.1; the norms: Zuo et al. 2024 (FalconMamba, arXiv 2410.05355), §2.
   """
 
   def __init__(

@@ -153,7 +153,7 @@ class Mamba2(nnx.Module):
   of its group write becomes smaller.
 
   Source: Dao & Gu 2024 (arXiv 2405.21060), §7; Wang et al. 2025 (arXiv
-  2501.00658), §4.3.
+  2501.00658), §6.
   """
 
   def __init__(

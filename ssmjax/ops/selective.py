@@ -108,7 +108,7 @@ def selective_scan(
       derivative of a fused implementation, at differentiation.
 
   Source: Gu & Dao 2023 (arXiv 2312.00752), Algorithm 2; polarization: Wang et
-  al. 2025 (arXiv 2501.00658), §4.3.
+  al. 2025 (arXiv 2501.00658), §6 and App. E.5.1.
 
   >>> x = jnp.ones((1, 3, 1))
   >>> y, state = selective_scan(x, x, jnp.zeros((1, 1)), x, x)

@@ -99,7 +99,7 @@ def ssd(
     NotImplementedError: chunks in forward mode (jvp, jacfwd, linearize).
 
   Source: Dao & Gu 2024 (arXiv 2405.21060), Eq. 1 and §6; polarization: Wang et
-  al. 2025 (arXiv 2501.00658), §4.3.
+  al. 2025 (arXiv 2501.00658), §6.
 
   >>> x, one = jnp.ones((1, 3, 1, 1)), jnp.ones((1, 3, 1))
   >>> y, state = ssd(x, one, jnp.log(jnp.array([0.5])), x, x)
