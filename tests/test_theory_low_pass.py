@@ -118,6 +118,44 @@ def test_an_eigenvalue_that_does_not_decay_is_caught(rate):
   assert not np.abs(kernel[-1]) < np.abs(kernel[0])
 
 
+@pytest.mark.parametrize("epsilon", [0.0, -0.1, np.nan, -np.inf])
+def test_an_epsilon_that_is_not_positive_is_refused(epsilon):
+  one = jnp.ones(1)
+  for function in (theory.low_pass, theory.cutoff):
+    name = function.__name__
+    with pytest.raises(ValueError, match=f"{name}: epsilon is .*expected"):
+      function(epsilon, -one, one, one)
+  with pytest.raises(ValueError, match=r"expected one in \(0, 1\)"):
+    theory.low_pass(1.0, -one, one, one)
+  # A traced one has no value to be refused by.
+  traced = LOW_PASS(epsilon, -one, one, one)
+  assert jnp.isnan(traced.cutoff)
+  assert not traced.peak <= epsilon
+
+
+@pytest.mark.parametrize("argument", range(3))
+# XLA's reductions of few numbers keep NaN, those of many do not.
+@pytest.mark.parametrize("states", [1, 5000])
+def test_nan_passes_no_filter(argument, states):
+  layer = [jnp.full(states, v) for v in (-1.0, 1.0, 1.0)]
+  layer[argument] = layer[argument].at[0].set(jnp.nan)
+  result = quick(theory.low_pass, static_argnames="points")(
+    0.1, *layer, points=2
+  )
+  assert jnp.isnan(result.cutoff)
+  assert not result.peak <= result.epsilon
+  assert bool(result.premise.holds) == (argument != 0)
+  # Nor a NaN in the frequency of an eigenvalue.
+  turning = jnp.asarray([complex(-1.0, np.nan)])
+  assert not theory.low_pass_premise(turning).holds
+
+
+def test_cutoff_does_not_overflow_where_its_square_does():
+  one = jnp.ones(1, jnp.float32)
+  found = theory.cutoff(1e-3, -one, 1e30 * one, one)
+  np.testing.assert_allclose(found, 1e33, rtol=1e-5)
+
+
 def test_discrete_response_is_that_of_the_scan():
   a, b, c = drawn(3, 3, False)
   a = jnp.exp(a - 0.2)  # Gone within the length, to rounding.
@@ -161,6 +199,24 @@ def test_discrete_time_has_no_low_pass_and_a_zero_channel_is_all_pass():
     (
       lambda one: theory.discrete_transfer(one, one, jnp.ones(3), one, one),
       r"discrete_transfer: dt has shape \(3,\), expected \(N=1\)",
+    ),
+    (
+      lambda one: theory.cutoff(0.1, one[:0], one[:0], one[:0]),
+      r"cutoff: a has shape \(0,\), expected a state or more",
+    ),
+    (
+      lambda one: theory.transfer(one.astype(complex), one, one, one),
+      "transfer: omega has dtype complex128, expected a real one",
+    ),
+    (
+      lambda one: theory.discrete_transfer(
+        one, one, one.astype(complex), one, one
+      ),
+      "discrete_transfer: dt has dtype complex128, expected a real one",
+    ),
+    (
+      lambda one: theory.low_pass(0.1, -one, one, one, points=1),
+      "low_pass: points is 1, expected 2 or more",
     ),
     (
       lambda one: theory.stop_band_peak(one, jnp.ones(2), 1.0),

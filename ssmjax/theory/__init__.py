@@ -6,7 +6,8 @@ most. A docstring has the statement, a proof, and where the paper errs.
 
   Eq. 1                     `from_arrays`, `states`, `outputs`
   Lemma D.1                 `parallel_form`, `parallel_weights`
-  Theorem 3.1 / D.2         `recency`; `recency_premises`, `locality_premise`
+  Theorem 3.1 / D.2         `recency`; `recency_premises`, `locality_premise`,
+                            `dependence_window`
   Definition D.3            `stop_band_peak`
   Proposition 4.1 / D.4     `low_pass`; `cutoff`, `transfer`,
                             `transfer_bound`; `low_pass_premise`
@@ -29,7 +30,7 @@ from ssmjax.theory.eq1 import (
   states,
   zero_order_hold,
 )
-from ssmjax.theory.influence import locality_premise
+from ssmjax.theory.influence import dependence_window, locality_premise
 from ssmjax.theory.kappa import KappaSmoothing, kappa, kappa_smoothing
 from ssmjax.theory.low_pass import (
   LowPass,
@@ -77,6 +78,7 @@ __all__ = [
   "SmoothingPremises",
   "StateEnvelope",
   "cutoff",
+  "dependence_window",
   "discrete_transfer",
   "from_arrays",
   "kappa",

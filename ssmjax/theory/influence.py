@@ -1,12 +1,15 @@
 """The exact Jacobian of Eq. 1, factor by factor, and what it presupposes."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssmjax.theory.eq1 import canonical, outputs, states
+from ssmjax.theory.extremes import largest
 from ssmjax.theory.parallel import parallel_weights
 from ssmjax.theory.premises import Premise, measure_premise
 from ssmjax.types import (
@@ -20,6 +23,7 @@ from ssmjax.types import (
 
 __all__ = [
   "Factors",
+  "dependence_window",
   "influence_factors",
   "influence_sum",
   "locality_premise",
@@ -40,6 +44,7 @@ class Factors(NamedTuple):
     h0: h₀, `[B, N]`.
     real: whether y is real.
     window: W.
+    local: that no part of Eq. 1 looks further back than W, nor ahead.
     channels: *S.
   """
 
@@ -53,7 +58,43 @@ class Factors(NamedTuple):
   h0: Inexact[Array, "B N"]
   real: bool
   window: int
+  local: Premise
   channels: tuple[int, ...]
+
+
+def dependence_window(
+  layer: Callable[[Array], Recurrence], x: Float[Array, "B T M"]
+) -> int:
+  """Measure how many tokens back a token's part of Eq. 1 looks.
+
+  The smallest W with ∂(Aₜ, Δₜbₜ, cₜ)/∂xₛ = 0 for every s ≤ t - W, cₜ at fixed
+  states: 1 for Eq. 1 as it stands, the width of a short convolution before
+  the recurrence, 3 for the Eq. 1 of RWKV-5 and 6. It is measured on this x, as
+  `locality_premise` does, so that the Jacobian of the theorems on influence is
+  exact along this x. `recency`, `polarized_recency` and
+  `diagnostics.layer_influence` call this where no window is given.
+
+  Args:
+    layer: as in `recency`.
+    x: as in `recency`, of more tokens than W.
+
+  Returns:
+    W, from 1 to T - 1 (1 of a single token).
+
+  Raises:
+    ValueError: no W is to be had: a part looks ahead, or back to the first
+      token from the last (a normaliser that sums up the past, as in RWKV-4, or
+      x is too short to tell), h₀ depends on x, a derivative is not finite, or
+      x or the layer is traced by `jax.jit`. Also as in `recency`.
+
+  >>> from ssmjax.theory import from_arrays
+  >>> half = jnp.full((1, 5, 1), 0.5)
+  >>> conv = lambda x: x + jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+  >>> dependence_window(lambda x: from_arrays(half, half, conv(x)), half)
+  2
+  """
+  _check_input("dependence_window", x, None)
+  return _window_of("dependence_window", _dependence(layer, x))
 
 
 def locality_premise(
@@ -72,7 +113,7 @@ def locality_premise(
   Token by token, a random combination of all Aₜ, Δₜbₜ and cₜ (at fixed
   states) is differentiated by every token. The derivatives are exactly 0
   where nothing depends on it, and what lies outside of t's window is looked
-  at.
+  at. h₀ is no token's: if it depends on x, the premise fails at t = 1.
 
   Args:
     layer: as in `recency`.
@@ -87,41 +128,19 @@ def locality_premise(
     ValueError: as in `recency`.
   """
   _check_input("locality_premise", x, window)
-  h = states(layer(x))
-  times = jnp.arange(x.shape[1])
-
-  def parts(x):
-    r = layer(x)
-    a, dt, b, _ = canonical("locality_premise", r)
-    dtype = state_dtype(dt, b)
-    drive = dt.astype(dtype) * b.astype(dtype)
-    return _real_parts(a, drive, outputs(r, h))
-
-  values, pull = jax.vjp(parts, x)
-  keys = jax.random.split(jax.random.key(0), len(values))
-  weights = [
-    jax.random.normal(key, v.shape, v.dtype)
-    for key, v in zip(keys, values, strict=True)
-  ]
-
-  def row(t):
-    here = lambda v: (times == t).reshape(1, -1, *(1,) * (v.ndim - 2))
-    seeds = [jnp.where(here(v), v, jnp.zeros_like(v)) for v in weights]
-    (moved,) = pull(tuple(seeds))
-    return jnp.abs(moved).max((0, 2)).astype(jnp.float32)
-
-  moved = jax.lax.map(row, times)
-  lag = times[:, None] - times[None]
-  inside = (lag >= 0) & (lag < window)
-  excess = jnp.where(inside, jnp.zeros_like(moved), moved)
-  return measure_premise(excess <= 0, excess, 2)
+  if window is None:
+    raise ValueError(
+      "locality_premise: window is None, expected the one to be checked."
+      " dependence_window finds the smallest for which the premise holds."
+    )
+  return _locality(_dependence(layer, x), window)
 
 
 def influence_factors(
   function: str,
   layer: Callable[[Array], Recurrence],
   x: Float[Array, "B T M"],
-  window: int,
+  window: int | None,
 ) -> Factors:
   """Differentiate each token's part of Eq. 1 by the tokens in its window.
 
@@ -129,16 +148,22 @@ def influence_factors(
     function: name for the messages.
     layer: as in `recency`.
     x: as in `recency`.
-    window: W.
+    window: W; None measures it.
 
   Returns:
-    The factors of the Jacobian.
+    The factors of the Jacobian, and whether W is wide enough for them to be.
 
   Raises:
     ValueError: as in `recency`.
   """
   _check_input(function, x, window)
-  r, d_a, d_drive = _token_derivatives(function, layer, x, window)
+  dependence = _dependence(layer, x)
+  if window is None:
+    window = _window_of(function, dependence)
+  # Not the one that is differentiated below: a readout may be a closure, whose
+  # traced values must not outlive the trace.
+  r = layer(x)
+  d_a, d_drive = _token_derivatives(function, layer, x, window)
   a, dt, b, h0 = canonical(function, r)
   h = states(r)
   p, q, real = _readout_gradient(r, h)
@@ -153,7 +178,8 @@ def influence_factors(
   drive = dt.astype(h.dtype) * b.astype(h.dtype)
   return Factors(
     p, q, flat(a).astype(h.dtype), g, d_a, d_drive, flat(drive),
-    h0.reshape(h0.shape[0], -1), real, window, channels,
+    h0.reshape(h0.shape[0], -1), real, window, _locality(dependence, window),
+    channels,
   )  # fmt: skip
 
 
@@ -198,11 +224,106 @@ def _check_input(function, x, window):
       f"{function}: x has shape {x.shape} and dtype {x.dtype.name}, expected"
       " real (B, T, M). Pass real and imaginary parts side by side."
     )
-  if not isinstance(window, int) or not 1 <= window <= x.shape[1]:
+  if 0 in x.shape:
+    raise ValueError(
+      f"{function}: x has shape {x.shape}, expected (B, T, M), none empty."
+    )
+  number = isinstance(window, int) and not isinstance(window, bool)
+  if window is not None and not (number and 1 <= window <= x.shape[1]):
     raise ValueError(
       f"{function}: window is {window!r}, expected a number of tokens from 1"
-      f" to T={x.shape[1]}."
+      f" to T={x.shape[1]}, or None to measure it."
     )
+
+
+def _dependence(layer, x):
+  """The size of what t's part of Eq. 1 takes from token s, `[T, T]`."""
+  # Compiled as one: outside of jit each operation would be compiled alone.
+  return jax.jit(functools.partial(_measure_dependence, layer))(x)
+
+
+def _measure_dependence(layer, x):
+  h = states(layer(x))
+  times = jnp.arange(x.shape[1])
+
+  def parts(x):
+    r = layer(x)
+    a, dt, b, h0 = canonical("dependence_window", r)
+    dtype = state_dtype(dt, b)
+    drive = dt.astype(dtype) * b.astype(dtype)
+    by_token = _real_parts(a, drive, outputs(r, h))
+    return by_token, _real_parts(h0)
+
+  values, pull = jax.vjp(parts, x)
+  leaves, tree = jax.tree.flatten(values)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  weights = tree.unflatten([
+    jax.random.normal(key, v.shape, v.dtype)
+    for key, v in zip(keys, leaves, strict=True)
+  ])  # fmt: skip
+
+  def moved(by_token, start):
+    # Of what the seeds leave: 0 · inf would be NaN for every token.
+    (moved,) = pull((tuple(by_token), tuple(start)))
+    return largest(jnp.abs(moved), (0, 2))
+
+  by_token, start = weights
+  nothing = [jnp.zeros_like(v) for v in start]
+
+  def row(t):
+    here = lambda v: (times == t).reshape(1, -1, *(1,) * (v.ndim - 2))
+    seeds = [jnp.where(here(v), v, jnp.zeros_like(v)) for v in by_token]
+    return moved(seeds, nothing)
+
+  rows = jax.lax.map(row, times)
+  # h₀ enters with the first token, before which there is none: all of what it
+  # takes from tokens counts as looking ahead.
+  ahead = largest(moved([jnp.zeros_like(v) for v in by_token], start))
+  if len(times) == 1:
+    return rows
+  return rows.at[0, -1].set(jnp.maximum(rows[0, -1], ahead))
+
+
+def _locality(dependence, window):
+  times = jnp.arange(len(dependence))
+  lag = times[:, None] - times[None]
+  inside = (lag >= 0) & (lag < window)
+  excess = jnp.where(inside, jnp.zeros_like(dependence), dependence)
+  return measure_premise(excess <= 0, excess.astype(jnp.float32), 2)
+
+
+def _window_of(function, dependence):
+  """W by what was measured; ValueError where there is none to be had."""
+  give = "Pass window= a number of tokens"
+  if isinstance(dependence, jax.core.Tracer):
+    raise ValueError(
+      f"{function}: window is None, but x or the layer is traced by jax.jit or"
+      f" another transformation, where none can be measured. {give}, such as"
+      " theory.dependence_window(layer, x) outside of it."
+    )
+  found = np.asarray(dependence)
+  if not np.isfinite(found).all():
+    t, s = np.argwhere(~np.isfinite(found))[0]
+    raise ValueError(
+      f"{function}: what token {t} takes from token {s} has a derivative that"
+      f" is not finite, expected finite ones to measure the window by. {give}."
+    )
+  t, s = np.nonzero(found)
+  if (s > t).any():
+    raise ValueError(
+      f"{function}: token {t[s > t][0]} (or the initial state) depends on"
+      f" token {s[s > t][0]}, expected no later one: the layer is not of Eq. 1."
+    )
+  window = int((t - s).max(initial=0)) + 1
+  length = len(found)
+  if window == length > 1:
+    raise ValueError(
+      f"{function}: the last of T={length} tokens depends on the first other"
+      " than through the state, expected a window of fewer tokens. The layer"
+      " looks back without end, as a normaliser does (RWKV-4's), or x is too"
+      f" short to tell: pass one of more tokens. {give} to go on regardless."
+    )
+  return window
 
 
 def _readout_gradient(r, h):
@@ -253,7 +374,7 @@ def _complex(v):
 
 
 def _token_derivatives(function, layer, x, window):
-  """The recurrence; ∂Aⱼ/∂xₛ, ∂(Δⱼbⱼ)/∂xₛ at [j - s, s], `[B, W, T, N, M]`.
+  """∂Aⱼ/∂xₛ and ∂(Δⱼbⱼ)/∂xₛ at [j - s, s], `[B, W, T, N, M]`.
 
   Times j that are W apart share a derivative: no s is in the windows of both.
   """
@@ -265,10 +386,10 @@ def _token_derivatives(function, layer, x, window):
     dtype = state_dtype(dt, b)
     flat = lambda v: v.reshape(*v.shape[:2], -1)
     a, drive = flat(a), flat(dt.astype(dtype) * b.astype(dtype))
-    return (_real_parts(a), _real_parts(drive)), r
+    return _real_parts(a), _real_parts(drive)
 
   # Reverse mode, a channel at a time: fused layers know no other.
-  values, pull, r = jax.vjp(parts, x, has_aux=True)
+  values, pull = jax.vjp(parts, x)
   leaves, tree = jax.tree.flatten(values)
   offsets = jnp.arange(length)[None] % window == jnp.arange(window)[:, None]
 
@@ -299,7 +420,7 @@ def _token_derivatives(function, layer, x, window):
 
   each = tree.unflatten([gather(moved[:, k]) for k in range(len(leaves))])
   whole = lambda v: jax.lax.complex(*v) if len(v) == 2 else v[0]
-  return r, *map(whole, each)
+  return tuple(map(whole, each))
 
 
 def _real_parts(*values):

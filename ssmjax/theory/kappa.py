@@ -5,9 +5,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from ssmjax.theory.eq1 import canonical, states
+from ssmjax.theory.extremes import largest
 from ssmjax.theory.smoothing import (
   first_state,
   least_decay,
+  one_minus_power,
   outside,
   spread,
 )
@@ -20,13 +22,15 @@ class KappaSmoothing(NamedTuple):
   """Both sides of the κ bound, channel by channel.
 
   Attributes:
-    kappa: the least κ, `[B, *S]`; infinite where there is none.
+    kappa: the least κ, `[B, *S]`; infinite where there is none, NaN where an
+      A or Δ is.
     factor: κ(1 - a_min^(T-1)), `[B, *S]`; the paper's factor is that with
       κ = 1.
     state_spread: left: max over t, s of |hₜₙ - hₛₙ|, `[B, *S]`.
     bound: right: factor · max over t, s of |bₜₙ - bₛₙ|, `[B, *S]`.
-    applies: whether b is centred (or Δ = κ(1 - A) throughout) and h₁ ∈ κK,
-      the premises that are left, `[B, *S]`; if h₀ = 0 centring is all.
+    applies: whether κ is finite, b is centred (or Δ = κ(1 - A) throughout)
+      and h₁ ∈ κK, the premises that are left, `[B, *S]`; if h₀ = 0 the last
+      follows from the second. Never where an A, Δ or b is not finite.
     hull_bound: right, without any premise on b and h₀:
       (1 - Π_{t≥2} Aₜ) · diam of the hull of h₁, 0 and κ'bₜ for t ≥ 2, where
       κ' leaves Δ₁ out, `[B, *S]`.
@@ -68,7 +72,7 @@ def kappa(recurrence: Recurrence) -> Float[Array, "B *S"]:
 
   Returns:
     κ, `[B, *S]`; infinite where an A lies outside [0, 1], a Δ is negative, or
-    A = 1 with Δ > 0. Where Δ = 0 nothing is asked.
+    A = 1 with Δ > 0; NaN where one of them is. Where Δ = 0 nothing is asked.
 
   Raises:
     ValueError: complex decays or steps.
@@ -116,7 +120,7 @@ def kappa_smoothing(
 
   Returns:
     Both sides; `state_spread ≤ bound` wherever `applies`, and
-    `state_spread ≤ hull_bound` always.
+    `state_spread ≤ hull_bound` of all that is finite.
 
   Raises:
     ValueError: complex decays or steps.
@@ -134,14 +138,16 @@ def kappa_smoothing(
   raised = jnp.where(finite, least, 0.0)
   apart = jnp.abs(dt[:, 1:] - raised[:, None] * (1 - a[:, 1:]))
   alike = steady & (apart <= tolerance * raised[:, None]).all(1)
-  factor = least * (1 - least_decay(a) ** (b.shape[1] - 1))
-  factor = jnp.where(finite, factor, jnp.inf)
+  factor = raised * one_minus_power(least_decay(a), b.shape[1] - 1)
+  factor = jnp.where(finite, factor, least)
   input_spread = spread(b)
   # κK, drawn in units of κ: a κ of 0 has no state but 0.
-  unit = jnp.where(finite & (least > 0), least, 1.0).astype(first.dtype)
-  started = outside(b, first / unit, tolerance) <= 0
+  some = finite & (least > 0)
+  unit = jnp.where(some, least, 1.0).astype(first.dtype)
+  away = outside(b, first / unit, tolerance)
+  started = jnp.where(some, away <= 0, (first == 0) & ~jnp.isnan(away))
   centred = outside(b, jnp.zeros_like(first), tolerance) <= 0
-  bound = jnp.where(finite, factor * input_spread, jnp.inf)
+  bound = jnp.where(finite, factor * input_spread, least)
 
   measured = spread(states(recurrence))
   every = lambda v: v.reshape(v.shape[0], -1)
@@ -150,10 +156,10 @@ def kappa_smoothing(
     factor=factor,
     state_spread=measured,
     bound=bound,
-    applies=(started & (centred | alike)) | ~finite,
+    applies=finite & started & (centred | alike),
     hull_bound=_hull_bound(a, b, first, later, steady),
-    measured=every(measured).max(-1),
-    joint_bound=every(bound).max(-1),
+    measured=largest(every(measured), -1),
+    joint_bound=largest(every(bound), -1),
   )
 
 
@@ -164,8 +170,9 @@ def _hull_bound(a, b, first, least, steady):
   scale = jnp.where(finite, least, 0.0)[:, None].astype(first.dtype)
   points = scale * b[:, 1:].astype(first.dtype)
   points = jnp.concatenate([first[:, None], anchor[:, None], points], 1)
-  bound = (1 - a[:, 1:].prod(1)) * spread(points)
-  return jnp.where(finite, bound, jnp.inf)
+  # 1 - Π A by logarithms, as in `one_minus_power`; all A are in [0, 1] here.
+  lost = -jnp.expm1(jnp.log1p(a[:, 1:] - 1).sum(1))
+  return jnp.where(finite, lost * spread(points), least)
 
 
 def _later(a, dt, tolerance):
@@ -176,13 +183,15 @@ def _later(a, dt, tolerance):
   # 1 - A is exact for A ≥ 1/2, so this is the κ of the decays in use.
   room = 1 - a
   ratio = _ratio(dt, room)
-  ratio = jnp.where((dt < 0) | (a < 0) | (a > 1), jnp.inf, ratio).max(1)
+  ratio = jnp.where((dt < 0) | (a < 0) | (a > 1), jnp.inf, ratio)
+  ratio = jnp.where(jnp.isnan(a) | jnp.isnan(dt), jnp.nan, ratio)
+  ratio = largest(ratio, 1)
   # Rounding of A alone moves a ratio much where A is next to 1; if they are
   # all equal, their weighted mean is what they are equal to.
   mean = _ratio(dt.sum(1), room.sum(1))
   finite = jnp.isfinite(ratio) & jnp.isfinite(mean)
   value = jnp.where(finite, mean, 0.0)
-  apart = jnp.abs(dt - value[:, None] * room).max(1)
+  apart = largest(jnp.abs(dt - value[:, None] * room), 1)
   steady = finite & (apart <= tolerance * value)
   return jnp.where(steady, value, ratio), steady
 
@@ -198,4 +207,4 @@ def _rounding(a):
 
 
 def _only_positive(step):
-  return jnp.where(step >= 0, step, jnp.inf)
+  return jnp.where(step < 0, jnp.inf, step)

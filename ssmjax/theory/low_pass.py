@@ -1,10 +1,12 @@
 """Definition D.3 and Proposition 4.1 / D.4: S4 filters high frequencies."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ssmjax.theory.extremes import largest, smallest
 from ssmjax.theory.premises import Premise, measure_premise
 from ssmjax.types import (
   Array,
@@ -37,7 +39,7 @@ class LowPass(NamedTuple):
     bound: Σₙ|bₙcₙ|/|iω - aₙ|, between |Z| and ε, `[F]`.
     peak: left: the largest |Z(ω)| of those.
     epsilon: right.
-    premise: Re aₙ < 0 for each n; excess Re aₙ.
+    premise: Re aₙ < 0 and aₙ finite for each n; excess Re aₙ.
   """
 
   cutoff: Float[Array, ""]
@@ -82,6 +84,7 @@ def transfer(
   Array([1.        , 0.70710677], dtype=float32)
   """
   omega, a, b, c, real = _check("transfer", omega, a, b, c)
+  _check_real("transfer", skip=skip)
   poles = _turning(omega)[:, None] - a[None]
   z = ((b * c)[None] / poles).sum(-1)
   return z + jnp.asarray(skip, real).astype(z.dtype)
@@ -121,30 +124,36 @@ def cutoff(
   Where w/ε < r, |Z| ≤ ε everywhere, and the root is taken as 0.
 
   Args:
-    epsilon: ε > 0 (the definition: below 1).
+    epsilon: ε > 0 (the definition: below 1); traced, an ε that is not gives
+      NaN.
     a: diagonal of A, `[N]`, Re a < 0.
     b: input weights, `[N]`.
     c: output weights, `[N]`.
 
   Returns:
-    Ω ≥ 0, rad per unit of time.
+    Ω ≥ 0, rad per unit of time; NaN where a weight or an eigenvalue is.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit.
+    ValueError: shapes or dtypes that do not fit, or an ε that is not positive.
   """
   _, a, b, c, real = _check("cutoff", None, a, b, c)
-  steepness = jnp.abs(b * c).sum() / jnp.asarray(epsilon, real)
-  slowest = jnp.abs(a.real).min()
-  # As a product: the squares alone could overflow.
-  root = (steepness - slowest) * (steepness + slowest)
-  return jnp.abs(a.imag).max() + jnp.sqrt(jnp.maximum(root, 0.0))
+  epsilon = _check_epsilon("cutoff", epsilon, real, math.inf)
+  steepness = jnp.abs(b * c).sum() / epsilon
+  slowest = smallest(jnp.abs(a.real))
+  # A product of roots: the squares, and their difference, could overflow.
+  above = jnp.maximum(steepness - slowest, 0.0)
+  root = jnp.sqrt(above) * jnp.sqrt(steepness + slowest)
+  return largest(jnp.abs(a.imag)) + root
 
 
 def low_pass_premise(a: Inexact[Array, " N"]) -> Premise:
-  """Check Re aₙ < 0 for each n; excess Re aₙ."""
+  """Check that Re aₙ < 0 and aₙ is finite, for each n; excess Re aₙ."""
   check_inexact("low_pass_premise", a=a)
   check_shapes("low_pass_premise", {"a": (a, "N")})
-  return measure_premise(a.real < 0, a.real, 0)
+  _check_states("low_pass_premise", a)
+  finite = jnp.isfinite(a)
+  excess = jnp.where(finite, a.real, jnp.nan)
+  return measure_premise(finite & (a.real < 0), excess, 0)
 
 
 def low_pass(
@@ -176,21 +185,24 @@ def low_pass(
     b: input weights, `[N]`.
     c: output weights, `[N]`.
     skip: D, which the proposition does not have, to see what it does.
-    points: frequencies on either side to be looked at: Ω, and from there on
-      evenly by logarithm over twelve decades.
+    points: frequencies on either side to be looked at, 2 or more: Ω, and from
+      there on evenly by logarithm over twelve decades.
 
   Returns:
-    Both sides, also where the premise fails.
+    Both sides, also where the premise fails. NaN makes the left side NaN,
+    which is at most no ε.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit.
+    ValueError: shapes or dtypes that do not fit, or an ε outside of (0, 1).
 
   Source: Wang et al. 2025, Definition D.3, Propositions 4.1 and D.4.
   """
   _, a, b, c, real = _check("low_pass", None, a, b, c)
-  epsilon = jnp.asarray(epsilon, real)
+  epsilon = _check_epsilon("low_pass", epsilon, real, 1.0)
+  if points < 2:
+    raise ValueError(f"low_pass: points is {points}, expected 2 or more.")
   edge = cutoff(epsilon, a, b, c)
-  scale = jnp.maximum(edge, jnp.abs(a).max())
+  scale = jnp.maximum(edge, largest(jnp.abs(a)))
   steps = jnp.logspace(-6, 6, points - 1, dtype=real)
   above = jnp.concatenate([edge[None], edge + scale * steps])
   omega = jnp.concatenate([-above[::-1], above])
@@ -224,7 +236,7 @@ def stop_band_peak(
 
   Returns:
     max |Z(ω)| over the |ω| ≥ Ω among them, 0 if there is none: to be compared
-    with ε.
+    with ε. NaN if Ω, an ω or a Z from Ω on is NaN.
 
   Raises:
     ValueError: shapes that do not fit.
@@ -232,8 +244,10 @@ def stop_band_peak(
   check_shapes(
     "stop_band_peak", {"omega": (omega, "F"), "response": (response, "F")}
   )
-  stopped = jnp.abs(omega) >= cutoff
-  return jnp.where(stopped, jnp.abs(response), 0.0).max()
+  passed = jnp.abs(omega) < cutoff
+  peak = largest(jnp.where(passed, 0.0, jnp.abs(response)))
+  unknown = jnp.isnan(omega).any() | jnp.isnan(cutoff)
+  return jnp.where(unknown, jnp.nan, peak)
 
 
 def discrete_transfer(
@@ -270,6 +284,7 @@ def discrete_transfer(
   """
   theta, a, b, c, real = _check("discrete_transfer", theta, a, b, c)
   check_inexact("discrete_transfer", dt=dt)
+  _check_real("discrete_transfer", dt=dt, skip=skip)
   check_shapes("discrete_transfer", {"a": (a, "N"), "dt": (dt, "N")})
   delay = jnp.exp(-_turning(theta))[:, None]
   weights = b * c * dt.astype(real).astype(b.dtype)
@@ -285,11 +300,37 @@ def _turning(omega):
 def _check(function, omega, a, b, c):
   """The arguments in one precision, a, b and c complex."""
   check_inexact(function, omega=omega, a=a, b=b, c=c)
+  _check_real(function, omega=omega)
   check_shapes(
     function, {"omega": (omega, "F"), "a": (a, "N"), "b": (b, "N"),
                "c": (c, "N")}
   )  # fmt: skip
+  _check_states(function, a)
   real = real_dtype(omega, a, b, c)
   whole = jnp.dtype("complex128" if real == "float64" else "complex64")
   a, b, c = (jnp.asarray(v).astype(whole) for v in (a, b, c))
   return None if omega is None else omega.astype(real), a, b, c, real
+
+
+def _check_states(function, a):
+  if not a.shape[0]:
+    raise ValueError(f"{function}: a has shape (0,), expected a state or more.")
+
+
+def _check_real(function, **arguments):
+  for name, value in arguments.items():
+    if value is not None and jnp.iscomplexobj(value):
+      raise ValueError(
+        f"{function}: {name} has dtype {jnp.result_type(value).name}, expected"
+        " a real one."
+      )
+
+
+def _check_epsilon(function: str, epsilon: Any, real, below: float) -> Array:
+  """ε as an array, NaN where a traced one is out of range."""
+  epsilon = jnp.asarray(epsilon, real)
+  inside = (epsilon > 0) & (epsilon < below)
+  if not isinstance(inside, jax.core.Tracer) and not inside.all():
+    expected = "one in (0, 1)" if below == 1 else "a positive number"
+    raise ValueError(f"{function}: epsilon is {epsilon}, expected {expected}.")
+  return jnp.where(inside, epsilon, jnp.nan)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ssmjax.theory.eq1 import canonical, states
+from ssmjax.theory.extremes import largest, smallest
 from ssmjax.theory.premises import Premise, measure_premise
 from ssmjax.types import (
   Array,
@@ -22,6 +23,7 @@ __all__ = [
   "StateEnvelope",
   "first_state",
   "least_decay",
+  "one_minus_power",
   "outside",
   "oversmoothing",
   "smoothing_premises",
@@ -34,8 +36,9 @@ class SmoothingPremises(NamedTuple):
   """The premises of Theorem 4.2 / D.5, as written and as needed.
 
   Attributes:
-    contraction: 0 ≤ A, 0 ≤ Δ and A + Δ ≤ 1, at each (t, n); excess is the
-      largest of -A, -Δ and A + Δ - 1. The paper's (ii), first half.
+    contraction: 0 ≤ A, 0 ≤ Δ and A + Δ ≤ 1, at each (t, n) with t ≥ 2;
+      excess is the largest of -A, -Δ and A + Δ - 1. The paper's (ii), first
+      half. At t = 1 the theorem asks for `start` alone.
     conservative: A + Δ = 1 in place of the last. The paper's (i).
     centred: minₜ bₜₙ ≤ 0 ≤ maxₜ bₜₙ, at each n; excess is the distance of 0
       from that interval. The paper's (ii), second half. Of complex b: 0 lies
@@ -45,7 +48,7 @@ class SmoothingPremises(NamedTuple):
       if h₀ = 0, but not from (i), unless A₁ = 0 and Δ₁ = 1.
     case_i: channels of rows to which the theorem applies by (i), `[B, *S]`.
     case_ii: by (ii).
-    applies: by either.
+    applies: by either. Never where an A, Δ or b is not finite.
   """
 
   contraction: Premise
@@ -91,6 +94,8 @@ class StateEnvelope(NamedTuple):
     upper: M - λₜ(M - h₁).
     sharp_lower: the same with λₜ = Π_{r=2}^t Aᵣ, which is no smaller.
     sharp_upper: likewise.
+    applies: channels of rows to which the lemma applies, `[B, *S]`: those of
+      `smoothing_premises`.
   """
 
   lower: Float[Array, "B T *S"]
@@ -98,6 +103,7 @@ class StateEnvelope(NamedTuple):
   upper: Float[Array, "B T *S"]
   sharp_lower: Float[Array, "B T *S"]
   sharp_upper: Float[Array, "B T *S"]
+  applies: Bool[Array, "B *S"]
 
 
 def smoothing_premises(
@@ -195,20 +201,22 @@ def oversmoothing(
   a_min = least_decay(a)
   state_spread, input_spread = spread(states(recurrence)), spread(b)
   every = lambda v: v.reshape(v.shape[0], -1)
-  joint = 1 - every(a_min).min(-1) ** power
+  joint = one_minus_power(smallest(every(a_min), -1), power)
   return OverSmoothing(
     state_spread=state_spread,
     input_spread=input_spread,
     a_min=a_min,
-    factor=1 - a_min**power,
-    measured=every(state_spread).max(-1),
-    bound=joint * every(input_spread).max(-1),
+    factor=one_minus_power(a_min, power),
+    measured=largest(every(state_spread), -1),
+    bound=joint * largest(every(input_spread), -1),
     applies=every(premises.applies).all(-1),
     premises=premises,
   )
 
 
-def state_envelope(recurrence: Recurrence) -> StateEnvelope:
+def state_envelope(
+  recurrence: Recurrence, *, tolerance: float | None = None
+) -> StateEnvelope:
   """Evaluate the three sides of Lemma D.6.
 
   m + α_min^(t-1)(h₁ - m) ≤ hₜ ≤ M - α_min^(t-1)(M - h₁),  t ≥ 1
@@ -228,16 +236,17 @@ def state_envelope(recurrence: Recurrence) -> StateEnvelope:
 
   Args:
     recurrence: of real decays and inputs, each channel a dynamics of its own.
+    tolerance: as in `smoothing_premises`.
 
   Returns:
-    All sides, also where `smoothing_premises` do not hold.
+    All sides, also where the premises do not hold, and whether they do.
 
   Raises:
     ValueError: complex decays, steps or inputs.
 
   Source: Wang et al. 2025, Lemma D.6 (after Wu et al. 2024, Lemma 3).
   """
-  a, _, b, h0 = canonical("state_envelope", recurrence, real_decay=True)
+  a, dt, b, h0 = canonical("state_envelope", recurrence, real_decay=True)
   if jnp.iscomplexobj(b) or jnp.iscomplexobj(h0):
     raise ValueError(
       "state_envelope: b or the initial state is complex, expected real ones."
@@ -245,17 +254,18 @@ def state_envelope(recurrence: Recurrence) -> StateEnvelope:
     )
   h = states(recurrence)
   first = h[:, :1]
-  low, high = b.min(1, keepdims=True), b.max(1, keepdims=True)
+  low, high = smallest(b, 1, keepdims=True), largest(b, 1, keepdims=True)
   after = jnp.concatenate([jnp.ones_like(a[:, :1]), a[:, 1:]], 1)
   least = jnp.broadcast_to(least_decay(a)[:, None], after[:, 1:].shape)
   least = jnp.concatenate([after[:, :1], least], 1)
 
   def sides(decay):
-    kept = jnp.cumprod(decay, 1)
+    kept = _running_product(decay)
     return low + kept * (first - low), high - kept * (high - first)
 
   lower, upper = sides(least)
-  return StateEnvelope(lower, h, upper, *sides(after))
+  premises = _premises(a, dt, b, first[:, 0], tolerance)
+  return StateEnvelope(lower, h, upper, *sides(after), premises.applies)
 
 
 def spread(points: Inexact[Array, "B T *S"]) -> Float[Array, "B *S"]:
@@ -264,16 +274,29 @@ def spread(points: Inexact[Array, "B T *S"]) -> Float[Array, "B *S"]:
   Of real points in O(T); of complex ones in O(T²), a row at a time.
   """
   if not jnp.iscomplexobj(points):
-    return points.max(1) - points.min(1)
-  farthest = lambda point: jnp.abs(points - point[:, None]).max(1)
-  return jax.lax.map(farthest, jnp.moveaxis(points, 1, 0)).max(0)
+    return largest(points, 1) - smallest(points, 1)
+  farthest = lambda point: largest(jnp.abs(points - point[:, None]), 1)
+  return largest(jax.lax.map(farthest, jnp.moveaxis(points, 1, 0)), 0)
 
 
 def least_decay(a: Float[Array, "B T *S"]) -> Float[Array, "B *S"]:
   """Find the smallest decay of t ≥ 2, 1 if there is none."""
   if a.shape[1] == 1:
     return jnp.ones_like(a[:, 0])
-  return a[:, 1:].min(1)
+  return smallest(a[:, 1:], 1)
+
+
+def one_minus_power(a: Float[Array, "*S"], power: int) -> Float[Array, "*S"]:
+  """Evaluate 1 - a^n to full precision, where a^n is next to 1 too.
+
+  1 - aⁿ = -expm1(n log1p(a - 1)): the difference itself would leave float32 no
+  digit where n(1 - a) is below 10⁻⁷, and a - 1 is exact for a ≥ 1/2.
+  """
+  positive = a > 0
+  safe = jnp.where(positive, a, jnp.ones_like(a))
+  return jnp.where(
+    positive, -jnp.expm1(power * jnp.log1p(safe - 1)), 1 - a**power
+  )
 
 
 def first_state(a: Array, dt: Array, b: Array, h0: Array) -> Array:
@@ -285,19 +308,32 @@ def first_state(a: Array, dt: Array, b: Array, h0: Array) -> Array:
 def _premises(a, dt, b, first, tolerance):
   if tolerance is None:
     tolerance = 8 * float(jnp.finfo(a.dtype).eps)
-  negative = jnp.maximum(-a, -dt)
-  gap = a + dt - 1
+  # A₁ and Δ₁ are in h₁ alone, which `start` is about.
+  later_a, later_dt = a[:, 1:], dt[:, 1:]
+  negative = jnp.maximum(-later_a, -later_dt)
+  gap = later_a + later_dt - 1
   contraction = jnp.maximum(negative, gap - tolerance)
   conservative = jnp.maximum(negative, jnp.abs(gap) - tolerance)
   centred = outside(b, jnp.zeros_like(first), tolerance)
   start = outside(b, first, tolerance)
   ok_i = (conservative <= 0).all(1) & (start <= 0)
   ok_ii = (contraction <= 0).all(1) & (start <= 0) & (centred <= 0)
-  measure = lambda v, leading: measure_premise(v <= 0, v, leading)
+  later = lambda v: measure_premise(v <= 0, v, 2, first=1)
+  whole = lambda v: measure_premise(v <= 0, v, 1)
   return SmoothingPremises(
-    measure(contraction, 2), measure(conservative, 2), measure(centred, 1),
-    measure(start, 1), ok_i, ok_ii, ok_i | ok_ii,
+    later(contraction), later(conservative), whole(centred), whole(start),
+    ok_i, ok_ii, ok_i | ok_ii,
   )  # fmt: skip
+
+
+def _running_product(decay):
+  """Π_{r≤t} of each t by logarithms, whose sum drifts less than a product."""
+  inside = (decay > 0) & (decay <= 1)
+  logs = jnp.log1p(jnp.where(inside, decay, jnp.ones_like(decay)) - 1)
+  zero = jnp.cumsum(decay == 0, 1) > 0
+  kept = jnp.where(zero, jnp.zeros_like(decay), jnp.exp(jnp.cumsum(logs, 1)))
+  usual = (inside | (decay == 0)).all(1, keepdims=True)
+  return jnp.where(usual, kept, jnp.cumprod(decay, 1))
 
 
 def outside(
@@ -315,15 +351,19 @@ def outside(
     points: `[B, T, *S]`.
     point: `[B, *S]`.
     tolerance: rounding allowed, relative to the largest of all; an angle too.
+
+  Returns:
+    The distance; NaN where not all of them are finite.
   """
-  size = jnp.maximum(jnp.abs(points).max(1), jnp.abs(point))
+  size = jnp.maximum(largest(jnp.abs(points), 1), jnp.abs(point))
   if not (jnp.iscomplexobj(points) or jnp.iscomplexobj(point)):
-    apart = jnp.maximum(points.min(1) - point, point - points.max(1))
-    return apart - tolerance * size
+    apart = jnp.maximum(smallest(points, 1) - point, point - largest(points, 1))
+    return jnp.where(jnp.isfinite(size), apart - tolerance * size, jnp.nan)
   dtype = state_dtype(points, point)
   seen = points.astype(dtype) - point.astype(dtype)[:, None]
   angles = jnp.sort(jnp.angle(seen), axis=1)
   around = angles[:, :1] + 2 * jnp.pi
   gaps = jnp.diff(jnp.concatenate([angles, around], 1), axis=1)
   met = (jnp.abs(seen) <= tolerance * size[:, None]).any(1)
-  return jnp.where(met, -jnp.pi, gaps.max(1) - jnp.pi - tolerance)
+  widest = jnp.where(met, -jnp.pi, gaps.max(1) - jnp.pi - tolerance)
+  return jnp.where(jnp.isfinite(size), widest, jnp.nan)
