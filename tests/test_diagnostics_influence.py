@@ -263,6 +263,31 @@ def test_closed_form_kernel_and_autodiff_agree(layer):
   assert_close(np.moveaxis(exact.score, 0, 1), found.autodiff, jnp.float32)
 
 
+def test_influence_of_a_layer_is_seen_where_float32_cannot_square_it():
+  def layer(x):
+    a = jnp.full_like(x, 0.5)
+    return theory.from_arrays(a, jnp.ones_like(x), x)
+
+  run = functools.partial(diagnostics.layer_influence, layer, window=1)
+  found = quick(run)(jnp.ones((1, 90, 1)))
+  expected = 0.5 ** np.arange(89, 0, -1.0)
+  for value in (found.closed_form, found.autodiff):
+    np.testing.assert_allclose(value[0, -1, :-1], expected, rtol=1e-5)
+  assert bool(found.local.holds)
+
+
+def test_layer_influence_finds_its_window():
+  def layer(x):
+    mixed = x + jnp.pad(x, ((0, 0), (2, 0), (0, 0)))[:, :-2]
+    return theory.from_arrays(jnp.full_like(x, 0.5), jnp.ones_like(x), mixed)
+
+  found = diagnostics.layer_influence(layer, jnp.ones((1, 6, 1)))
+  far = np.tri(6, k=-3, dtype=bool)
+  assert found.window == 3
+  assert bool(found.local.holds)
+  assert_close(found.closed_form[:, far], found.autodiff[:, far])
+
+
 def _outputs(layer, x):
   return theory.outputs(layer(x))
 
@@ -342,6 +367,34 @@ def test_lag_curve_averages_the_pairs_of_a_lag():
     np.testing.assert_allclose(found.spread_error[lag], expected)
 
 
+@pytest.mark.parametrize(("probes", "found_of_it"), [(4, 0.6), (16, 0.85)])
+def test_log_bias_is_most_of_what_probes_take_from_the_logarithm(
+  probes, found_of_it
+):
+  # Of one output direction a probe gives χ² with a degree of freedom.
+  rng = np.random.default_rng(0)
+  drawn = rng.chisquare(1, (probes, 1, 20_000, 1))
+  squared, error = drawn.mean(0), drawn.std(0, ddof=1) / probes**0.5
+  found = diagnostics.lag_curve(
+    diagnostics.Influence(np.array([0]), squared, error, probes)
+  )
+  # E log χ²_P/P = ψ(P/2) - log(P/2) is -0.2704 for P = 4, -0.0638 for 16.
+  lost = {4: 0.2704, 16: 0.0638}[probes] / 2
+  assert found.log_score[0] == pytest.approx(-lost, abs=0.01)
+  assert found_of_it * lost < found.log_bias[0] < lost
+  exact = diagnostics.lag_curve(
+    diagnostics.Influence(np.array([0]), 0 * squared, 0 * error, None)
+  )
+  assert exact.log_bias[0] == 0
+
+
+def test_slope_leaves_out_lags_that_are_not_finite():
+  lags = np.array([1.0, 2.0, 3.0, np.inf, np.nan])
+  fit = diagnostics.fit_log_slope(lags, -0.5 * np.arange(1, 6), log_a_max=-0.4)
+  assert fit.points == 3
+  assert fit.within_bound is True
+
+
 def test_slopes_interval_holds_the_truth_as_often_as_it_says():
   rng = np.random.default_rng(1)
   lags = np.arange(200)
@@ -381,7 +434,7 @@ def test_slope_leaves_out_zeros_and_lags_out_of_range():
   fit = diagnostics.fit_log_slope(lags, values, last=8)
   assert fit.points == 7
   np.testing.assert_allclose(fit.slope, -0.5)
-  assert not fit.within_bound  # Of an unknown bound nothing is said.
+  assert fit.within_bound is None  # Of an unknown bound nothing is said.
   with pytest.raises(ValueError, match="expected 3 or more"):
     diagnostics.fit_log_slope(lags, values, last=2)
   with pytest.raises(ValueError, match="confidence is 2"):

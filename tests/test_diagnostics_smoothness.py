@@ -81,6 +81,35 @@ def test_sharpness_grows_with_the_size_alone(size):
   assert_close(other.cosine, one.cosine)
 
 
+@pytest.mark.parametrize(
+  "tokens",
+  [
+    # Large and close together; one token of nothing beside others; the end.
+    [[1, 1e-25], [1, 2e-25], [1, -3e-25]],
+    [[1, 0], [1e-25, 1e-25], [0, 1]],
+    [[1e38, 0], [-1e38, 1], [0, 1e38]],
+  ],
+)
+def test_sharpness_holds_where_squares_do_not(tokens):
+  x = jnp.asarray([tokens], jnp.float32)
+  expected = by_pairs(x[0], np.ones(3, bool))
+  for value, wanted in zip(SHARPNESS(x), expected, strict=True):
+    np.testing.assert_allclose(value, [wanted], rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+# XLA's reductions of few numbers keep NaN, those of many do not.
+@pytest.mark.parametrize("width", [1, 5000])
+def test_what_is_not_finite_is_not_smooth(value, width):
+  x = jnp.zeros((1, 3, width)).at[0, 1, -1].set(value)
+  for found in SHARPNESS(x):
+    assert not jnp.isfinite(found).any()
+  half = jnp.full_like(x, 0.5)
+  layer = SMOOTHNESS(theory.from_arrays(half, half, x))
+  assert not jnp.isfinite(layer.channel_ratio[0, -1])
+  assert not jnp.isfinite(layer.ratio.maximum).any()
+
+
 def test_sharpness_of_equal_tokens_and_of_one_token_is_nothing():
   equal = SHARPNESS(jnp.full((2, 5, 3), 0.3, jnp.bfloat16))
   for value in equal:

@@ -31,6 +31,20 @@ def random_decays():
   return jax.random.uniform(jax.random.key(0), (2, 9, 3, 4))
 
 
+# XLA's reductions of few numbers keep NaN, those of many do not.
+@pytest.mark.parametrize("length", [4, 5000])
+def test_a_decay_that_is_nan_is_not_left_out(length):
+  a = jnp.full((1, length, 2, 1), 0.5).at[0, -1, 1, 0].set(jnp.nan)
+  found = SPECTRUM(decays(a))
+  both = [False, True]
+  for value in (
+    found.a_min, found.a_max, found.memory[:, 0], found.quantiles[0],
+  ):  # fmt: skip
+    assert jnp.isnan(value).tolist() == both
+  assert float(found.histogram.sum()) == pytest.approx(1 - 0.5 / length)
+  assert jnp.isnan(diagnostics.log_a_max(decays(a))).all()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_spectrum_is_what_counting_gives(masked):
   mask = np.ones((2, 9), bool)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssmjax.diagnostics.norms import norm
 from ssmjax.types import Array, Float
 
 __all__ = ["Influence", "influence", "influence_memory"]
@@ -189,19 +190,11 @@ def _pull_back(function, x, times, which, key, exact):
       own = jax.random.fold_in(jax.random.fold_in(key, t), i)
       seed = jax.random.rademacher(own, (batch, width), y.dtype)
     seeds = jnp.zeros_like(y).at[:, t].set(seed.astype(y.dtype))
-    return _norm(pull(seeds)[0])
+    return norm(pull(seeds)[0])
 
   if len(times) == 1:
     return one(times[0], which[0])[None]
   return jax.vmap(one)(times, which)
-
-
-def _norm(v):
-  """The norm over the last axis, of numbers whose squares underflow too."""
-  v = jnp.abs(v.astype(jnp.promote_types(v.dtype, jnp.float32)))
-  largest = v.max(-1)
-  scale = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-  return largest * jnp.sqrt(jnp.square(v / scale[..., None]).sum(-1))
 
 
 def _as_pytree(function):

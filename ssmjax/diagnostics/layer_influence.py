@@ -6,8 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ssmjax.theory import outputs, parallel_weights
+from ssmjax.diagnostics.norms import norm
+from ssmjax.theory import Premise, outputs, parallel_weights
 from ssmjax.theory.eq1 import canonical
+from ssmjax.theory.extremes import largest
 from ssmjax.theory.influence import influence_factors, influence_sum
 from ssmjax.types import Array, Float, Inexact, Recurrence, state_dtype
 
@@ -35,6 +37,9 @@ class LayerInfluence(NamedTuple):
     autodiff: ‖∂yₜ/∂xₛ‖_F by reverse-mode differentiation of the same layer,
       skip connection, gate and lags below W included.
     log_a_max: log max |(Aₜ)ₙₙ| over n and t ≥ 2, `[B]`.
+    window: W.
+    local: the premise of `closed_form`: no part of the layer's Eq. 1 looks
+      further back than W, nor ahead.
   """
 
   decay: Float[Array, "B T T"]
@@ -42,13 +47,15 @@ class LayerInfluence(NamedTuple):
   closed_form: Float[Array, "B T T"]
   autodiff: Float[Array, "B T T"]
   log_a_max: Float[Array, " B"]
+  window: int
+  local: Premise
 
 
 def layer_influence(
   layer: Callable[[Array], Recurrence],
   x: Float[Array, "B T M"],
   *,
-  window: int = 1,
+  window: int | None = None,
 ) -> LayerInfluence:
   """Measure the influence of every token on every other in one layer.
 
@@ -63,13 +70,16 @@ def layer_influence(
     x: real inputs, `[B, T, M]`.
     window: W, tokens back (itself included) on which a token's Aₜ, Δₜ, bₜ and
       cₜ depend: 1 for Eq. 1 as it stands, d_conv with a short convolution.
+      None measures it by `theory.dependence_window`, which takes values: under
+      `jax.jit` it has to be given.
 
   Returns:
     All of them; memory O(T²(D + N)M), for small layers. `log_decay` and
     `influence` do large ones.
 
   Raises:
-    ValueError: x is not real of shape `[B, T, M]`, or window does not fit.
+    ValueError: x is not real of shape `[B, T, M]`, window does not fit, or it
+      is None and none can be measured.
 
   Source: Wang et al. 2025, Theorem D.2; the kernel, Ali et al. 2024 (arXiv
   2403.01590), there for S6.
@@ -85,11 +95,13 @@ def layer_influence(
     kernel = kernel + contract(factors.q, written.conj())
   shape = (*factors.a.shape[:2], *factors.channels)
   return LayerInfluence(
-    decay=jnp.abs(weights).max(-1),
+    decay=largest(jnp.abs(weights), -1),
     kernel=kernel.real if factors.real else kernel,
-    closed_form=_frobenius(influence_sum(factors)),
-    autodiff=_frobenius(autodiff_jacobian(layer, x)),
+    closed_form=norm(influence_sum(factors), (-1, -2)),
+    autodiff=norm(autodiff_jacobian(layer, x), (-1, -2)),
     log_a_max=_log_a_max(factors.a.reshape(shape)),
+    window=factors.window,
+    local=factors.local,
   )
 
 
@@ -171,8 +183,4 @@ def log_a_max(recurrence: Recurrence) -> Float[Array, " B"]:
 def _log_a_max(a):
   if a.shape[1] == 1:
     return jnp.full(a.shape[:1], -jnp.inf, a.real.dtype)
-  return jnp.log(jnp.abs(a[:, 1:]).max(tuple(range(1, a.ndim))))
-
-
-def _frobenius(v):
-  return jnp.sqrt(jnp.square(jnp.abs(v)).sum((-1, -2)))
+  return jnp.log(largest(jnp.abs(a[:, 1:]), tuple(range(1, a.ndim))))

@@ -23,7 +23,14 @@ class LagCurve(NamedTuple):
       of more: their deviation (with the probes' share) over √pairs; NaN where
       there is one.
     log_score: mean of log ‖∂yₜ/∂xₛ‖_F: the typical pair, where `squared` is
-      ruled by the strongest. -inf where an influence is exactly 0.
+      ruled by the strongest. -inf where an influence is exactly 0. Of
+      estimates it is too low, by about `log_bias`.
+    log_bias: what random probes take from `log_score`, to be added to it: the
+      logarithm of an unbiased estimate is on average too low (Jensen), by
+      (error/squared)²/4 to second order, mean over the pairs; 0 where exact.
+      At most (of one output direction) 16 probes take 0.03, of which this
+      finds 0.03, and 4 take 0.14, of which it finds 0.08. It is much the same
+      at all lags, so that slopes are hardly moved.
     pairs: of that lag.
   """
 
@@ -33,6 +40,7 @@ class LagCurve(NamedTuple):
   spread_error: np.ndarray
   log_score: np.ndarray
   pairs: np.ndarray
+  log_bias: np.ndarray
 
   @property
   def score(self) -> np.ndarray:
@@ -67,8 +75,13 @@ class LogSlope(NamedTuple):
   log_a_max: float
 
   @property
-  def within_bound(self) -> bool:
-    """Whether the interval reaches down to log A_max: no contradiction."""
+  def within_bound(self) -> bool | None:
+    """Whether the interval reaches down to log A_max: no contradiction.
+
+    None where no log A_max was given: of an unknown bound nothing is said.
+    """
+    if math.isnan(self.log_a_max):
+      return None
     return self.low <= self.log_a_max
 
 
@@ -107,6 +120,8 @@ def lag_curve(influence: Influence, mask: Any = None) -> LagCurve:
     mean = add(value) / count
     scatter = add((value - mean) ** 2)
     spread = np.sqrt(scatter / (count * (count - 1)))
+    # Where the estimate is 0, so are all its probes: nothing is lost.
+    relative = np.where(value == 0, 0.0, error / value)
     return LagCurve(
       lags=lags,
       squared=mean,
@@ -114,6 +129,7 @@ def lag_curve(influence: Influence, mask: Any = None) -> LagCurve:
       spread_error=np.where(count > 1, spread, np.nan),
       log_score=add(np.log(value) / 2) / count,
       pairs=count,
+      log_bias=add(relative**2) / (4 * count),
     )
 
 
@@ -147,7 +163,7 @@ def fit_log_slope(
     confidence: level of the interval, in (0, 1). Measured on lines with noise
       of neighbouring correlation 0 to 0.8, a 95 % interval holds the truth in
       92 to 94 % of cases of 200 lags and more; of 30 lags, in 79 to 89 %.
-    log_a_max: to be held against, see `log_a_max`.
+    log_a_max: to be held against, see `log_a_max`; NaN if there is none.
 
   Returns:
     Slope, interval and what it is to be held against.
@@ -170,7 +186,7 @@ def fit_log_slope(
     raise ValueError(
       f"fit_log_slope: confidence is {confidence}, expected one in (0, 1)."
     )
-  kept = np.isfinite(values) & (lags >= first)
+  kept = np.isfinite(values) & np.isfinite(lags) & (lags >= first)
   if last is not None:
     kept &= lags <= last
   lags, values = lags[kept], values[kept]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ssmjax.diagnostics.norms import norm
 from ssmjax.theory import (
   KappaSmoothing,
   OverSmoothing,
@@ -13,6 +14,8 @@ from ssmjax.theory import (
   rotating_frame,
   states,
 )
+from ssmjax.theory.extremes import largest, smallest
+from ssmjax.theory.smoothing import one_minus_power
 from ssmjax.types import (
   Array,
   Bool,
@@ -66,7 +69,7 @@ class LayerSmoothness(NamedTuple):
     hull_factor: the same of the hull bound, which holds always.
     premise: share of (t, n) with 0 ≤ A, 0 ≤ Δ, A + Δ ≤ 1.
     channel_ratio: E(hₙ)/E(bₙ) by extremes, `[B, *S]`; where E(bₙ) = 0, 0 if
-      the state does not move either and else infinite.
+      the state does not move either and else infinite; NaN where not finite.
     theorem: both sides of Theorem 4.2, channel by channel, with its premises.
     kappa: both sides of the κ bound.
   """
@@ -131,7 +134,7 @@ def sharpness(
   if block < 1:
     raise ValueError(f"sharpness: block is {block}, expected 1 or more.")
   maximum = channel_spread(x, mask=mask, block=block)
-  maximum = maximum.reshape(x.shape[0], -1).max(-1)
+  maximum = largest(maximum.reshape(x.shape[0], -1), -1)
   mask = _full_mask("sharpness", x, mask)
   count = mask.sum(1).astype(maximum.dtype)
   x = x.reshape(*x.shape[:2], -1)
@@ -139,20 +142,27 @@ def sharpness(
     x = jnp.concatenate([x.real, x.imag], -1)
   x = jnp.where(mask[..., None], x, jnp.zeros_like(x)).astype(maximum.dtype)
   # Sizes near the ends of the exponent have squares beyond them; a power of
-  # two divides without rounding, which differences would magnify.
-  scale = jnp.abs(x).max((1, 2))
+  # two divides without rounding, which differences would magnify. Those of
+  # 1e38 have no reciprocal, by which XLA may multiply.
+  down = jnp.where(largest(jnp.abs(x), (1, 2)) > 1e37, 1 / 16, 1.0)
+  down = down.astype(x.dtype)
+  x = x * down[:, None, None]
+  scale = largest(jnp.abs(x), (1, 2))
   some = (scale > 0) & jnp.isfinite(scale)
   mantissa = 2 * jnp.frexp(jnp.where(some, scale, jnp.ones_like(scale)))[0]
   scale = jnp.where(some, scale, jnp.ones_like(scale)) / mantissa
   unit = x / scale[:, None, None]
-  norms = jnp.sqrt(jnp.square(unit).sum(-1))
-  length = norms.sum(1) / jnp.maximum(count, 1)
+  length = norm(unit).sum(1) / jnp.maximum(count, 1)
 
   pairs = jnp.maximum(count * (count - 1), 1)
   mean = _pair_distances(unit, mask, block) / pairs
 
-  some = norms > 0
-  turned = unit / jnp.where(some, norms, jnp.ones_like(norms))[..., None]
+  # Each token by its own size: beside a large one, its squares would be 0.
+  sizes = largest(jnp.abs(x), -1, keepdims=True)
+  some = (sizes > 0)[..., 0]
+  turned = x / jnp.where(sizes > 0, sizes, jnp.ones_like(sizes))
+  norms = jnp.where(some, norm(turned), jnp.ones_like(sizes[..., 0]))
+  turned = turned / norms[..., None]
   middle = turned.sum(1) / jnp.maximum(count, 1)[:, None]
   away = jnp.square(turned - middle[:, None]).sum(-1)
   away = jnp.where(mask, away, jnp.zeros_like(away)).sum(1)
@@ -160,7 +170,7 @@ def sharpness(
   cosine = away / jnp.maximum(count - 1, 1) + missing / jnp.maximum(count, 1)
   return Sharpness(
     maximum=maximum,
-    mean=scale * mean,
+    mean=scale * mean / down,
     relative=mean / length,
     cosine=jnp.where(count > 1, cosine, jnp.zeros_like(cosine)),
   )
@@ -187,15 +197,15 @@ def channel_spread(
   some = mask.any(1)
   if not jnp.iscomplexobj(x):
     x = x.astype(real_dtype(x))
-    high = jnp.where(mask, x, -jnp.inf).max(1)
-    low = jnp.where(mask, x, jnp.inf).min(1)
+    high = largest(jnp.where(mask, x, -jnp.inf), 1)
+    low = smallest(jnp.where(mask, x, jnp.inf), 1)
     return jnp.where(some, high - low, jnp.zeros_like(high))
   # A token that does not count is put where another is.
   first = jnp.take_along_axis(x, mask.argmax(1, keepdims=True), 1)
   x = jnp.where(mask, x, jnp.where(some[:, None], first, jnp.zeros_like(first)))
-  farthest = lambda one: jnp.abs(x - one[:, None]).max(1)
+  farthest = lambda one: largest(jnp.abs(x - one[:, None]), 1)
   each = jax.lax.map(farthest, jnp.moveaxis(x, 1, 0), batch_size=block)
-  return each.max(0)
+  return largest(each, 0)
 
 
 def layer_smoothness(
@@ -233,7 +243,7 @@ def layer_smoothness(
   ours = kappa_smoothing(recurrence, tolerance=tolerance)
   b, h = sharpness(recurrence.b), sharpness(states(recurrence))
   every = lambda v: v.reshape(v.shape[0], -1)
-  joint = every(theorem.input_spread).max(-1)
+  joint = largest(every(theorem.input_spread), -1)
   length = recurrence.b.shape[1]
   return LayerSmoothness(
     b=b,
@@ -241,9 +251,9 @@ def layer_smoothness(
     mixer=None if mixer is None else sharpness(mixer),
     block=None if block is None else sharpness(block),
     ratio=Sharpness(*map(_ratio, h, b)),
-    factor=1 - every(theorem.a_min).min(-1) ** (length - 1),
+    factor=one_minus_power(smallest(every(theorem.a_min), -1), length - 1),
     kappa_factor=_ratio(ours.joint_bound, joint),
-    hull_factor=_ratio(every(ours.hull_bound).max(-1), joint),
+    hull_factor=_ratio(largest(every(ours.hull_bound), -1), joint),
     premise=theorem.premises.contraction.fraction,
     channel_ratio=_ratio(theorem.state_spread, theorem.input_spread),
     theorem=theorem,
@@ -253,15 +263,21 @@ def layer_smoothness(
 
 def _pair_distances(x, mask, block):
   """Σ_{t,s} ‖xₜ - xₛ‖₂ over the tokens that count, `[B]`."""
+  # In units of the largest difference: tokens may be large and lie close
+  # together, and squares of differences be 0.
+  widest = largest(channel_spread(x, mask=mask), -1)
+  some = (widest > 0) & jnp.isfinite(widest)
+  widest = jnp.where(some, widest, jnp.ones_like(widest))
 
   def row(token):
     one, counts = token
-    apart = jnp.sqrt(jnp.square(x - one[:, None]).sum(-1))
+    apart = (x - one[:, None]) / widest[:, None, None]
+    apart = jnp.sqrt(jnp.square(apart).sum(-1))
     both = mask & counts[:, None]
     return jnp.where(both, apart, jnp.zeros_like(apart)).sum(1)
 
   tokens = jnp.moveaxis(x, 1, 0), jnp.moveaxis(mask, 1, 0)
-  return jax.lax.map(row, tokens, batch_size=block).sum(0)
+  return widest * jax.lax.map(row, tokens, batch_size=block).sum(0)
 
 
 def _full_mask(function, x, mask):
@@ -273,6 +289,7 @@ def _full_mask(function, x, mask):
 
 def _ratio(part, whole):
   """part/whole; 0/0 is 0, for what has not moved is smooth."""
-  ratio = part / jnp.where(whole > 0, whole, jnp.ones_like(whole))
-  beyond = jnp.where(part > 0, jnp.inf, 0.0).astype(ratio.dtype)
-  return jnp.where(whole > 0, ratio, beyond)
+  still = whole == 0
+  ratio = part / jnp.where(still, jnp.ones_like(whole), whole)
+  beyond = jnp.where(part > 0, jnp.full_like(ratio, jnp.inf), ratio)
+  return jnp.where(still, beyond, ratio)

@@ -10,7 +10,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from ssmjax.theory.eq1 import canonical
-from ssmjax.types import Array, Bool, Float, Recurrence, check_shapes
+from ssmjax.theory.extremes import largest, smallest
+from ssmjax.types import (
+  Array,
+  Bool,
+  Float,
+  Recurrence,
+  check_shapes,
+  real_dtype,
+)
 
 __all__ = ["Spectrum", "cumulative_share", "memory_length", "spectrum"]
 
@@ -21,9 +29,11 @@ class Spectrum(NamedTuple):
   Attributes:
     edges: of the histogram's bins, over [0, 1], `[bins + 1]`.
     histogram: share of all (row, t, n) in each bin, `[bins]`; the last one
-      holds decays of 1 and above too.
+      holds decays of 1 and above too. NaN is in none, so that the shares add
+      up to less than 1.
     levels: of the quantiles, `[Q]`.
-    quantiles: of |A| over rows, t and a channel's states, `[Q, *C]`.
+    quantiles: of |A| over rows, t and a channel's states, `[Q, *C]`; here and
+      below, NaN of a channel or state that has a NaN among those that count.
     a_min: smallest |A| of each channel, over rows, t and states, `*C`.
     a_max: largest, `*C`.
     spread: a_max - a_min, what the paper's Fig. 6 shows, `*C`.
@@ -101,9 +111,11 @@ def spectrum(
   # Rows, times and states of a channel together: [samples, *C].
   samples = jnp.transpose(jnp.where(mask, a, jnp.nan), (*over, *channels))
   samples = samples.reshape(-1, *(a.shape[axis] for axis in channels))
-  low = jnp.where(mask, a, jnp.inf).min(over)
-  high = jnp.where(mask, a, -jnp.inf).max(over)
-  per_token = a.max(states) - a.min(states) if pooled else jnp.zeros_like(a)
+  low = smallest(jnp.where(mask, a, jnp.inf), over)
+  high = largest(jnp.where(mask, a, -jnp.inf), over)
+  per_token = jnp.zeros_like(a)
+  if pooled:
+    per_token = largest(a, states) - smallest(a, states)
   log_mean = _token_mean(jnp.log(a), mask)
   at_levels = jnp.asarray(levels, a.dtype)
   at = jnp.asarray(thresholds, a.dtype)
@@ -113,7 +125,10 @@ def spectrum(
     edges=jnp.linspace(0, 1, bins + 1, dtype=a.dtype),
     histogram=_histogram(a, mask, bins),
     levels=at_levels,
-    quantiles=jnp.nanquantile(samples, at_levels, axis=0),
+    # What does not count is NaN; what counts and is NaN is not left out.
+    quantiles=jnp.where(
+      jnp.isnan(high), jnp.nan, jnp.nanquantile(samples, at_levels, axis=0)
+    ),
     a_min=low,
     a_max=high,
     spread=high - low,
@@ -144,7 +159,7 @@ def memory_length(
 
   Returns:
     Tokens, `*S`: 0 where a decay is exactly 0, infinite where it is 1 (and
-    where the state does not shrink).
+    where the state does not shrink), NaN where one that counts is NaN.
   """
   a, mask = _decays("memory_length", recurrence, mask)
   return _memory(_token_mean(jnp.log(a), mask))
@@ -167,7 +182,8 @@ def cumulative_share(
   """
   values = jnp.sort(values.ravel())
   below = jnp.searchsorted(values, grid, side="right")
-  return below.astype(values.dtype) / max(values.size, 1)
+  # bfloat16 could not count them.
+  return below.astype(real_dtype(values)) / max(values.size, 1)
 
 
 def _decays(function, recurrence, mask):
@@ -186,15 +202,16 @@ def _token_mean(v, mask):
 
 
 def _memory(log_mean):
-  shrinks = log_mean < 0
-  rate = jnp.where(shrinks, log_mean, -jnp.ones_like(log_mean))
-  return jnp.where(shrinks, -1 / rate, jnp.full_like(rate, jnp.inf))
+  endless = log_mean >= 0
+  rate = jnp.where(endless, -jnp.ones_like(log_mean), log_mean)
+  return jnp.where(endless, jnp.full_like(rate, jnp.inf), -1 / rate)
 
 
 def _histogram(a, mask, bins):
   index = jnp.floor(a * bins).astype(jnp.int32)
   index = jnp.clip(index, 0, bins - 1).reshape(*a.shape[:2], -1)
-  counted = jnp.broadcast_to(mask.reshape(*a.shape[:2], 1), index.shape)
+  counted = mask.reshape(*a.shape[:2], 1)
+  counted = counted & ~jnp.isnan(a).reshape(index.shape)
   # Counted by the token: a float32 count of all would stop at 2²⁴.
   rows = jnp.arange(a.shape[0])[:, None, None]
   times = jnp.arange(a.shape[1])[None, :, None]
