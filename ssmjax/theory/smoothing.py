@@ -264,8 +264,11 @@ def state_envelope(
     return low + kept * (first - low), high - kept * (high - first)
 
   lower, upper = sides(least)
+  sharp_lower, sharp_upper = sides(after)
   premises = _premises(a, dt, b, first[:, 0], tolerance)
-  return StateEnvelope(lower, h, upper, *sides(after), premises.applies)
+  return StateEnvelope(
+    lower, h, upper, sharp_lower, sharp_upper, premises.applies
+  )
 
 
 def spread(points: Inexact[Array, "B T *S"]) -> Float[Array, "B *S"]:
