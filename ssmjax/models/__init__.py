@@ -24,7 +24,12 @@ from ssmjax.models.gated_linear_attention import (
   GLAConfig,
   HGRN2Config,
 )
-from ssmjax.models.generate import generate, prefill
+from ssmjax.models.generate import (
+  GenerationState,
+  generate,
+  prefill,
+  stream,
+)
 from ssmjax.models.h3 import H3, H3Config, H3State
 from ssmjax.models.hyena import Hyena, HyenaConfig, HyenaState
 from ssmjax.models.kinds import register
@@ -64,6 +69,7 @@ from ssmjax.models.s4 import S4, S4Config
 from ssmjax.models.s4_block import S4State
 from ssmjax.models.s4d import DSS, S4D, DSSConfig, S4DConfig
 from ssmjax.models.saving import load, save
+from ssmjax.models.state_rows import take_rows
 from ssmjax.models.ttt import TTTLinear, TTTLinearConfig, TTTLinearState
 
 __all__ = [
@@ -95,6 +101,7 @@ __all__ = [
   "GLAConfig",
   "GatedDeltaNet",
   "GatedDeltaNetConfig",
+  "GenerationState",
   "H3Config",
   "H3State",
   "HGRN2Config",
@@ -156,4 +163,6 @@ __all__ = [
   "prefill",
   "register",
   "save",
+  "stream",
+  "take_rows",
 ]

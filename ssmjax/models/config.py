@@ -46,6 +46,9 @@ class ModelConfig:
     mlp_bias: biases in the MLP.
     parallel_residual: x + mixer(norm(x)) + mlp(norm(x)), each with its own
       norm, as in GPT-NeoX, in place of one after the other.
+    true_vocab_size: tokens that there are, where the last rows of vocab_size
+      only pad the table, as published ones are; `generate` chooses none of
+      these. None for all of them.
   """
 
   vocab_size: int
@@ -68,10 +71,16 @@ class ModelConfig:
   mlp_width: int | None = None
   mlp_bias: bool = False
   parallel_residual: bool = False
+  true_vocab_size: int | None = None
 
   def __post_init__(self):
-    check_sizes(self, {"vocab_size": 1})
+    check_sizes(self, {"vocab_size": 1, "true_vocab_size": 1})
     _check_blocks(self)
+    if (self.true_vocab_size or 0) > self.vocab_size:
+      raise ValueError(
+        f"ModelConfig: true_vocab_size is {self.true_vocab_size}, expected at"
+        f" most vocab_size={self.vocab_size}, the rows of the table."
+      )
     if self.logit_softcap is not None and not self.logit_softcap > 0:
       raise ValueError(
         f"ModelConfig: logit_softcap is {self.logit_softcap}, expected a number"

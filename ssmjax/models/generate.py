@@ -1,135 +1,585 @@
-"""Prefill and generation with a state of fixed size."""
+"""Generation with a state of fixed size: whole, or token by token."""
 
 import functools
+import operator
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ssmjax.models.decoding import (
+  ANY,
+  Choices,
+  GenerationState,
+  Settings,
+  advance,
+  begin,
+  prefill,
+)
 from ssmjax.models.lm import LanguageModel, ModelState
-from ssmjax.ops.segments import last_valid
-from ssmjax.types import Array, Float, Int, check_shapes
+from ssmjax.models.prompts import (
+  Prompt,
+  TextPieces,
+  encode_text,
+  read_prompt,
+  tokenizer_size,
+)
+from ssmjax.models.sampling import (
+  check_count,
+  is_traced,
+  make_sampling,
+)
+from ssmjax.types import Array, Int
 
-__all__ = ["generate", "prefill"]
+__all__ = ["GenerationState", "generate", "prefill", "stream"]
 
-
-def prefill(
-  model: LanguageModel,
-  tokens: Int[Array, "B T"],
-  state: ModelState | None = None,
-  segment_ids: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B V"], ModelState]:
-  """Read a prompt, or its next piece of any length.
-
-  Args:
-    model: the language model.
-    tokens: `[B, T]`.
-    state: to go on from; None for the beginning.
-    segment_ids: `[B, T]`, 0 for padding on either side.
-
-  Returns:
-    The logits that follow the last non-padding token, `[B, V]`, and the state
-    after it. A row of padding alone has the logits of a padding token: keep
-    those of the piece before.
-  """
-  features, state = model.features(tokens, state, segment_ids)
-  if segment_ids is None:
-    last = features[:, -1]
-  else:
-    index, _ = last_valid(segment_ids > 0)
-    last = jnp.take_along_axis(features, index[:, None, None], 1)[:, 0]
-  return model.logits(last), state
+# Prompts, stop sequences and ends as a caller may write them.
+type Tokens = Int[Array, "B T"] | Sequence[Sequence[int]]
+type Sequences = Sequence[int] | Sequence[Sequence[int]] | str | Sequence[str]
 
 
 def generate(
   model: LanguageModel,
-  prompt: Int[Array, "B T"],
+  prompt: Tokens | str | Sequence[str] | None,
   max_new_tokens: int,
   *,
   key: Array | None = None,
   temperature: float = 1.0,
   top_k: int | None = None,
+  top_p: float | None = None,
+  min_p: float | None = None,
+  repetition_penalty: float | None = None,
+  eos_id: int | Sequence[int] | None = None,
+  stop: Sequences | None = None,
+  pad_id: int | None = None,
   segment_ids: Int[Array, "B T"] | None = None,
-) -> Int[Array, "B S"]:
+  state: GenerationState | ModelState | None = None,
+  return_state: bool = False,
+  max_length: int | None = None,
+  vocab_size: int | None = None,
+  tokenizer: Any = None,
+) -> Any:
   """Continue a prompt, greedily or by sampling.
+
+  The logits pass through, in this order: the repetition penalty, the division
+  by the temperature, top_k, top_p, min_p. The definitions are those of the
+  transformers library, and stand in `ssmjax.models.sampling.choose_tokens`.
+
+  Other numbers, keys, ends and stop sequences of the same length do not compile
+  anew. Rows do not see each other: each continues as it would alone, up to
+  rounding.
 
   Args:
     model: the language model.
-    prompt: `[B, T]`, T ≥ 1.
+    prompt: tokens `[B, T]` of any integer type, T ≥ 1; or a list of rows of
+      any lengths; or, with a tokenizer, a text or a list of texts; or None,
+      where a state goes on without new tokens.
     max_new_tokens: S ≥ 1.
-    key: a PRNG key to sample with; None takes the likeliest token.
-    temperature: the logits are divided by it; above 0. Without a key it does
-      not matter.
-    top_k: sample among the k likeliest tokens only.
-    segment_ids: `[B, T]`, 1-based, 0 for padding on either side. Each row
-      must hold a token.
+    key: a PRNG key to sample with, or an array of keys, one a row; None takes
+      the likeliest token. A row's i-th token is drawn with `fold_in(k, i)`, k
+      being its own key, or the one key folded with the row's number.
+    temperature: the logits are divided by it; 0 takes the likeliest token.
+      Without a key it does not matter.
+    top_k: keep the k largest logits, of equal ones the lower tokens.
+    top_p: keep the fewest of the likeliest tokens whose probabilities add up
+      to this, in (0, 1].
+    min_p: keep the tokens that have this share, in [0, 1], of the largest
+      probability.
+    repetition_penalty: divide the positive logits of tokens that are in the
+      row already, prompt included, by it, and multiply the negative ones;
+      above 0, 1 for none.
+    eos_id: a token, or several, that end a row; it is the row's last.
+    stop: a sequence of tokens, or several, that end a row when they were
+      generated in a row, their last token being the row's last. With a
+      tokenizer they may be texts, which are encoded: a text that comes out in
+      other tokens is not noticed.
+    pad_id: what an ended row gives; the first eos_id by default, 0 where
+      there is none. No more is computed when all rows have ended.
+    segment_ids: `[B, T]`, 1-based, 0 for padding on either side, of a prompt
+      that is an array. Each row must hold a token.
+    state: to go on from. One that `generate` returned has read all tokens of
+      its rows but the last, which is read before the prompt: pass just what
+      is said next, or None. A `ModelState`, of `prefill` or of the model, has
+      read all; a repetition penalty does not know its tokens. For several
+      rows of one prefix see `take_rows`.
+    return_state: also return the state.
+    max_length: tokens that attention's and Hyena's layers have room for, in a
+      new state; recurrent layers do not care. By default what this call needs,
+      with return_state also what the layers' configurations say.
+    vocab_size: tokens that there are; ones from there on are not chosen. By
+      default what the model's configuration says (`true_vocab_size`, else
+      `vocab_size`) and a tokenizer has.
+    tokenizer: for texts: an object with `encode` and `decode`, as ours, those
+      of the tokenizers library and of transformers.
 
   Returns:
-    The new tokens, `[B, S]` int32.
+    The new tokens, `[B, S]` int32. -1 from there on where a row's logits are
+    not finite (weights that are NaN, a token outside the vocabulary, attention
+    without room). For a text the text that follows, for a list of texts (and
+    for no prompt but a tokenizer) a list of them, without the token or the
+    sequence that ended it. With return_state, that and a `GenerationState`:
+    generating 4 tokens and then 6 more with prompt=None, the state and the same
+    settings gives what generating 10 gives, key included.
 
   Raises:
-    ValueError: no tokens asked for, a temperature that is not above 0, a
-      top_k that is not a number of tokens of the vocabulary, more tokens than
-      a model with learned positions has positions for.
+    ValueError: an argument that cannot be, by its name: no tokens asked for,
+      ids outside the vocabulary, a row without a token, numbers out of range,
+      text without a tokenizer, more tokens than learned positions, the
+      max_length or a state has room for. What is traced is not checked.
   """
-  check_shapes(
-    "generate",
-    {"prompt": (prompt, "B T"), "segment_ids": (segment_ids, "B T")},
-  )
-  if max_new_tokens < 1:
-    raise ValueError(
-      f"generate: max_new_tokens is {max_new_tokens}, expected 1 or more."
-    )
-  if not temperature > 0:
-    raise ValueError(
-      f"generate: temperature is {temperature}, expected above 0. For the"
-      " likeliest token, pass key=None."
-    )
-  vocabulary = model.config.vocab_size
-  if top_k is not None and not 1 <= top_k <= vocabulary:
-    raise ValueError(
-      f"generate: top_k is {top_k}, expected 1 to vocab_size={vocabulary}."
-    )
-  positions = model.config.max_positions
-  # The last new token is not read.
-  needed = prompt.shape[1] + max_new_tokens - 1
-  if positions is not None and needed > positions:
-    raise ValueError(
-      f"generate: the prompt's {prompt.shape[1]} tokens and"
-      f" max_new_tokens={max_new_tokens} need {needed} positions, expected at"
-      f" most max_positions={positions}. Ask for fewer, or cut the prompt."
-    )
-  return _generate(
-    model, prompt, key, jnp.float32(temperature), segment_ids,
-    max_new_tokens=max_new_tokens, top_k=top_k,
+  plan = _plan(
+    "generate", model, prompt, max_new_tokens, key, temperature, top_k, top_p,
+    min_p, repetition_penalty, eos_id, stop, pad_id, segment_ids, state,
+    return_state, max_length, vocab_size, tokenizer,
   )  # fmt: skip
+  tokens, made, state = _whole(
+    model, plan.prompt.tokens, plan.prompt.segment_ids, plan.state,
+    plan.choices, size=plan.size, keep=return_state, settings=plan.settings,
+  )  # fmt: skip
+  result: Any = tokens
+  if plan.prompt.text is not None:
+    rows, made = np.asarray(tokens), np.asarray(made)
+    texts = [
+      plan.pieces().add(row[:count], ended=True)
+      for row, count in zip(rows, made, strict=True)
+    ]
+    result = texts[0] if plan.prompt.text == "one" else texts
+  return (result, state) if return_state else result
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "top_k"))
-def _generate(
-  model, prompt, key, temperature, segment_ids, *, max_new_tokens, top_k
-):
-  batch, length = prompt.shape
-  state = model.init_state(batch, length + max_new_tokens)
-  logits, state = prefill(model, prompt, state, segment_ids)
+def stream(
+  model: LanguageModel,
+  prompt: Tokens | str | Sequence[str] | None,
+  max_new_tokens: int,
+  *,
+  chunk: int = 8,
+  key: Array | None = None,
+  temperature: float = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  min_p: float | None = None,
+  repetition_penalty: float | None = None,
+  eos_id: int | Sequence[int] | None = None,
+  stop: Sequences | None = None,
+  pad_id: int | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  state: GenerationState | ModelState | None = None,
+  max_length: int | None = None,
+  vocab_size: int | None = None,
+  tokenizer: Any = None,
+) -> Iterator[Any]:
+  """Continue a prompt and give tokens as they come.
 
-  def choose(logits, index):
-    if key is None:
-      return jnp.argmax(logits, -1).astype(jnp.int32)
-    if top_k is not None:
-      least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-      logits = jnp.where(logits < least, -jnp.inf, logits)
-    token = jax.random.categorical(
-      jax.random.fold_in(key, index), logits / temperature
+  The first token is given as soon as the prompt is read, the others by `chunk`
+  a dispatch: a small one gives them sooner, a large one costs less. All that
+  is compiled are the reading of the prompt and one chunk.
+
+  Args:
+    model: as in `generate`, like all that is not said here.
+    prompt: tokens, rows, text or texts.
+    max_new_tokens: S ≥ 1, the most that are given.
+    chunk: tokens a dispatch, 1 or more.
+    key: for sampling.
+    temperature: of it.
+    top_k: of it.
+    top_p: of it.
+    min_p: of it.
+    repetition_penalty: of tokens that are there.
+    eos_id: what ends a row.
+    stop: sequences that end a row.
+    pad_id: what an ended row gives while others go on.
+    segment_ids: padding of the prompt.
+    state: to go on from.
+    max_length: tokens to have room for.
+    vocab_size: tokens that there are.
+    tokenizer: for text.
+
+  Returns:
+    An iterator of the tokens of all rows, `[B]` NumPy int32, one by one, which
+    together are what `generate` gives, until all rows have ended. For a text
+    an iterator of its pieces, none empty, for a list of texts of lists with a
+    piece a row, some empty; joined they are what `generate` gives. It returns
+    the state at its end: `state = yield from stream(...)`.
+
+  Raises:
+    ValueError: as `generate`, when it is called.
+  """
+  chunk = check_count("stream", "chunk", chunk, None)
+  plan = _plan(
+    "stream", model, prompt, max_new_tokens, key, temperature, top_k, top_p,
+    min_p, repetition_penalty, eos_id, stop, pad_id, segment_ids, state,
+    True, max_length, vocab_size, tokenizer,
+  )  # fmt: skip
+  blocks = _blocks(model, plan, chunk)
+  return _tokens(blocks) if plan.prompt.text is None else _texts(blocks, plan)
+
+
+class _Plan(NamedTuple):
+  """A checked call.
+
+  Attributes:
+    prompt: what is read.
+    state: what it goes on from.
+    choices: how tokens are chosen.
+    size: S.
+    settings: what is compiled.
+    tokenizer: for text.
+    ends: eos tokens and stop sequences, as lists.
+  """
+
+  prompt: Prompt
+  state: GenerationState | ModelState | None
+  choices: Choices
+  size: int
+  settings: Settings
+  tokenizer: Any
+  ends: tuple[list[int], list[list[int]]]
+
+  def pieces(self) -> TextPieces:
+    """Make what turns one row's tokens into text."""
+    return TextPieces(self.tokenizer, *self.ends)
+
+
+def _plan(
+  function, model, prompt, size, key, temperature, top_k, top_p, min_p,
+  penalty, eos_id, stop, pad_id, segment_ids, state, keeps, max_length,
+  vocab_size, tokenizer,
+) -> _Plan:  # fmt: skip
+  """Check the arguments of `generate` and `stream`."""
+  config = model.config
+  size = check_count(function, "max_new_tokens", size, None)
+  known = config.vocab_size
+  if vocab_size is not None:
+    known = check_count(function, "vocab_size", vocab_size, known)
+  else:
+    known = config.true_vocab_size or known
+    if tokenizer is not None:
+      known = min(known, tokenizer_size(tokenizer) or known)
+  if top_k is not None:
+    top_k = check_count(function, "top_k", top_k, known)
+  if max_length is not None:
+    max_length = check_count(function, "max_length", max_length, None)
+  sampling = make_sampling(function, temperature, top_p, min_p, penalty)
+  eos = _ids(function, "eos_id", eos_id, config.vocab_size)
+  stops = _sequences(function, stop, tokenizer, config.vocab_size)
+  pad = eos[0] if eos else 0
+  if pad_id is not None:
+    pad = _integer(function, "pad_id", pad_id, "an integer")
+  if state is not None and not isinstance(state, GenerationState | ModelState):
+    raise ValueError(
+      f"{function}: state is a {type(state).__name__}, expected what"
+      f" {function} returned, or a ModelState of prefill."
     )
-    return token.astype(jnp.int32)
+  goes_on = isinstance(state, GenerationState)
+  if prompt is None and not goes_on:
+    raise ValueError(
+      f"{function}: prompt is None, expected tokens. Only a state that"
+      f" {function} returned goes on by itself."
+    )
+  capacity = None if state is None else _capacity(model, state)
+  read = read_prompt(
+    function, prompt, segment_ids, tokenizer, vocab_size=config.vocab_size,
+    goes_on=goes_on,
+    # The token that waits is read with the prompt.
+    room=capacity if not goes_on else capacity and capacity - 1,
+  )  # fmt: skip
+  batch = None if read.tokens is None else read.tokens.shape[0]
+  _check_key(function, key, _check_rows(function, state, batch))
+  needed = _needed(read, state, size)
+  _check_room(function, config, needed, size, max_length, capacity)
+  room = None
+  if state is None:
+    length = 0 if read.tokens is None else read.tokens.shape[1]
+    room = _room(model, length + size, max_length, keeps)
+  width = max(map(len, stops), default=0)
+  rows = [[ANY] * (width - len(sequence)) + sequence for sequence in stops]
+  choices = Choices(
+    sampling=sampling,
+    key=key,
+    eos=jnp.asarray(eos, jnp.int32),
+    stop=jnp.asarray(np.reshape(rows, (len(rows), width)), jnp.int32),
+    pad=jnp.int32(pad),
+  )
+  settings = Settings(
+    room=room,
+    top_k=top_k,
+    vocab_size=known,
+    track=keeps or penalty is not None,
+    masked=bool(eos or stops or goes_on),
+  )
+  return _Plan(read, state, choices, size, settings, tokenizer, (eos, stops))
 
-  def step(carry, index):
-    token, state = carry
-    logits, state = model.step(token, state)
-    token = choose(logits, index)
-    return (token, state), token
 
-  first = choose(logits, 0)
-  steps = jnp.arange(1, max_new_tokens)
-  _, rest = jax.lax.scan(step, (first, state), steps)
-  return jnp.concatenate([first[:, None], rest.T], 1)
+@functools.partial(jax.jit, static_argnames=("size", "keep", "settings"))
+def _whole(model, tokens, segment_ids, state, choices, *, size, keep, settings):
+  """All tokens, how many of each row are its own, and the state."""
+  before = state.count if isinstance(state, GenerationState) else 0
+  new = []
+  if tokens is not None:
+    state, first = begin(
+      model, tokens, segment_ids, state, choices, settings=settings
+    )
+    new.append(first[:, None])
+  if size > len(new):
+    state, rest, _ = advance(
+      model, state, choices, size - len(new),
+      size=size - len(new), settings=settings,
+    )  # fmt: skip
+    new.append(rest)
+  tokens = jnp.concatenate(new, 1)
+  return tokens, state.count - before, state if keep else None
+
+
+class _Block(NamedTuple):
+  """A few tokens of all rows, on the host.
+
+  Attributes:
+    tokens: `[B, n]`.
+    made: how many of each row are its own, `[B]`.
+    done: which rows have ended.
+  """
+
+  tokens: np.ndarray
+  made: np.ndarray
+  done: np.ndarray
+
+
+def _blocks(model, plan, chunk) -> Generator[_Block, None, GenerationState]:
+  """Tokens of all rows, as many as a dispatch makes; then the state."""
+  state, prompt, left = plan.state, plan.prompt, plan.size
+  count = np.asarray(state.count) if isinstance(state, GenerationState) else 0
+  if prompt.tokens is not None:
+    state, first = begin(
+      model, prompt.tokens, prompt.segment_ids, state, plan.choices,
+      settings=plan.settings,
+    )  # fmt: skip
+    left -= 1
+    made = np.asarray(state.count)
+    yield _Block(
+      np.asarray(first)[:, None], made - count, np.asarray(state.done)
+    )
+    count = made
+  while left and not np.asarray(state.done).all():
+    limit = min(chunk, left)
+    state, tokens, steps = advance(
+      model, state, plan.choices, limit, size=chunk, settings=plan.settings
+    )
+    left -= limit
+    made = np.asarray(state.count)
+    yield _Block(
+      np.asarray(tokens)[:, : int(steps)], made - count, np.asarray(state.done)
+    )
+    count = made
+  return state
+
+
+def _tokens(blocks):
+  """Tokens of all rows, `[B]`, one by one; returns the state."""
+  while True:
+    try:
+      block = next(blocks)
+    except StopIteration as end:
+      return end.value
+    yield from np.ascontiguousarray(block.tokens.T)
+
+
+def _texts(blocks, plan):
+  """Pieces of the rows' texts; returns the state."""
+  rows: list[TextPieces] = []
+  open_rows: set[int] = set()
+  shown = lambda pieces: pieces[0] if plan.prompt.text == "one" else pieces
+  while True:
+    try:
+      block = next(blocks)
+    except StopIteration as end:
+      pieces = [
+        row.add((), ended=True) if number in open_rows else ""
+        for number, row in enumerate(rows)
+      ]
+      if any(pieces):
+        yield shown(pieces)
+      return end.value
+    if not rows:
+      rows = [plan.pieces() for _ in block.tokens]
+      open_rows = set(range(len(rows)))
+    pieces = [""] * len(rows)
+    for number in sorted(open_rows):
+      own = block.tokens[number, : block.made[number]]
+      ended = bool(block.done[number])
+      pieces[number] = rows[number].add(own, ended=ended)
+      if ended:
+        open_rows.remove(number)
+    if any(pieces):
+      yield shown(pieces)
+
+
+def _ids(function, name, value, size) -> list[int]:
+  """A token or several, each in the vocabulary."""
+  if value is None:
+    return []
+  several = isinstance(value, list | tuple | set | range) or np.ndim(value)
+  expected = f"a token of 0 to {size - 1}, or several"
+  found = [
+    _integer(function, name, item, expected)
+    for item in (value if several else [value])
+  ]
+  wrong = [item for item in found if not 0 <= item < size]
+  if wrong:
+    raise ValueError(
+      f"{function}: {name} has token {wrong[0]}, expected 0 to {size - 1}, ids"
+      f" of the vocabulary of vocab_size={size}."
+    )
+  return found
+
+
+def _sequences(function, stop, tokenizer, size) -> list[list[int]]:
+  """Stop sequences as lists of tokens, none empty."""
+  if stop is None:
+    return []
+  if isinstance(stop, str) or not any(
+    isinstance(item, str) or np.ndim(item) for item in stop
+  ):
+    # One sequence.
+    stop = [stop] if len(stop) else []
+  found = []
+  for item in stop:
+    if isinstance(item, str):
+      item = encode_text(function, "stop", tokenizer, item, begins=False)
+    sequence = _ids(function, "stop", item, size)
+    if not sequence:
+      raise ValueError(
+        f"{function}: stop has an empty sequence, expected a token or more."
+      )
+    found.append(sequence)
+  return found
+
+
+def _integer(function, name, value, expected) -> int:
+  try:
+    if not isinstance(value, bool | np.bool):
+      return operator.index(value)
+  except TypeError:
+    pass
+  raise ValueError(f"{function}: {name} is {value!r}, expected {expected}.")
+
+
+def _check_rows(function, state, batch) -> int:
+  """How many rows there are: those of the prompt, or of the state."""
+  if state is None:
+    return batch
+  inner = state.model if isinstance(state, GenerationState) else state
+  rows = inner.length.shape[0]
+  if batch is not None and rows != batch:
+    raise ValueError(
+      f"{function}: state has {rows} rows, expected B={batch}, those of the"
+      " prompt. For one state to several prompts, use take_rows(state, [0] *"
+      f" {batch})."
+    )
+  return rows
+
+
+def _check_key(function, key, rows):
+  """Raise unless the key is one, or one a row."""
+  if key is None:
+    return
+  expected = f"a key (jax.random.key(0)), or an array of {rows}, one a row"
+  dtype = getattr(key, "dtype", None)
+  if dtype is None:
+    raise ValueError(
+      f"{function}: key is a {type(key).__name__}, expected {expected}."
+    )
+  shape = key.shape
+  if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    # Of the older kind the last axis is the key's own.
+    fits = jnp.issubdtype(dtype, jnp.uint32) and key.ndim
+    shape = key.shape[:-1] if fits else (-1,)
+  if shape not in ((), (rows,)):
+    raise ValueError(
+      f"{function}: key has shape {key.shape} and dtype {dtype}, expected"
+      f" {expected}."
+    )
+
+
+def _needed(prompt, state, size) -> int | None:
+  """Most tokens that a row will have read; None where it is not known."""
+  inner = state.model if isinstance(state, GenerationState) else state
+  if inner is not None and is_traced(inner.length):
+    return None
+  read = np.int64(0) if inner is None else np.asarray(inner.length, np.int64)
+  if isinstance(state, GenerationState):
+    read = read + 1
+  if prompt.tokens is not None:
+    length = prompt.tokens.shape[1]
+    ids = prompt.segment_ids
+    if ids is not None and not is_traced(ids):
+      length = (np.asarray(ids) > 0).sum(1)
+    read = read + length
+  # The last new token is not read.
+  return int(np.max(read)) + size - 1
+
+
+def _check_room(function, config, needed, size, max_length, capacity):
+  """Raise where there are more tokens than positions or room."""
+  if needed is None:
+    return
+  limits = {
+    "max_positions": config.max_positions,
+    "max_length": max_length,
+    "the state's room of": capacity,
+  }
+  for name, limit in limits.items():
+    if limit is not None and needed > limit:
+      named = f"{name}={limit}" if "_" in name else f"{name} {limit}"
+      way_out = (
+        " Make the state with a larger max_length."
+        if limit is capacity
+        else " Ask for fewer, or cut the prompt."
+      )
+      raise ValueError(
+        f"{function}: the tokens so far, the prompt's {needed - size + 1}"
+        f" and max_new_tokens={size} need {needed} positions, expected at most"
+        f" {named}.{way_out}"
+      )
+
+
+def _shapes(model, length):
+  """The shapes of a state of one row with room for `length` tokens."""
+  state = jax.eval_shape(lambda m: m.init_state(1, length), model)
+  return [leaf.shape for leaf in jax.tree.leaves(state)]
+
+
+def _grows(model) -> bool:
+  """Whether a state's size depends on how many tokens it has room for."""
+  return _shapes(model, 1) != _shapes(model, 2)
+
+
+def _capacity(model, state) -> int | None:
+  """Tokens that a state has room for; None where any number."""
+  inner = state.model if isinstance(state, GenerationState) else state
+  # A size that grows by one with the room tells it.
+  rooms = [
+    found.shape[axis] - one[axis] + 1
+    for found, one, two in zip(
+      jax.tree.leaves(inner), _shapes(model, 1), _shapes(model, 2), strict=True
+    )
+    for axis in range(len(one))
+    if two[axis] == one[axis] + 1
+  ]
+  return min(rooms, default=None)
+
+
+def _room(model, needed, max_length, keeps) -> int | None:
+  """Room for a new state; None for what the layers' configurations say."""
+  if not _grows(model):
+    return None  # Or another length would compile anew.
+  if max_length is not None:
+    return max(needed, max_length)
+  own = [
+    mixer.max_length
+    for mixer in model.config.mixers
+    if getattr(mixer, "max_length", None) is not None
+    and getattr(mixer, "window", None) is None
+  ]
+  return None if keeps and needed <= min(own, default=0) else needed
