@@ -1,5 +1,6 @@
 """Generation continues a prompt as the whole model would."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,15 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from ssmjax.models import (
   Attention,
   AttentionConfig,
+  GenerationState,
   LanguageModel,
   MambaConfig,
+  MinGRUConfig,
   ModelConfig,
   generate,
   prefill,
+  take_rows,
 )
 
 NEW = 4
@@ -47,12 +52,24 @@ def greedy():
   return np.asarray(quick(PROMPT))
 
 
-def quick(prompt, new=NEW, key=None, segment_ids=None, **settings):
+def quick(prompt, new=NEW, key=None, segment_ids=None, state=None, **settings):
   """`generate`, compiled quickly."""
-  run = lambda model, prompt, key, segment_ids: generate(
-    model, prompt, new, key=key, segment_ids=segment_ids, **settings
-  )
-  return quick_jit(run)(model(), prompt, key, segment_ids)
+  run = lambda model, prompt, key, segment_ids, state: generate(
+    model, prompt, new, key=key, segment_ids=segment_ids, state=state,
+    **settings,
+  )  # fmt: skip
+  return quick_jit(run)(model(), prompt, key, segment_ids, state)
+
+
+ALL = {
+  "temperature": 3.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01,
+  "repetition_penalty": 1.3,
+}  # fmt: skip
+
+
+def sampled(prompt, new=NEW, seed=0, **settings):
+  """Tokens by all rules of sampling at once."""
+  return quick(prompt, new, jax.random.key(seed), **ALL, **settings)
 
 
 def test_greedy_tokens_are_the_likeliest_of_the_whole_forward():
@@ -109,6 +126,194 @@ def test_padded_prompts_of_one_batch_go_on_as_each_alone():
   np.testing.assert_array_equal(found[:2], greedy())
   alone = quick(PROMPT[:1, :2])
   np.testing.assert_array_equal(found[2:], alone)
+
+
+def test_rows_of_any_lengths_go_on_as_each_alone_sampling_included():
+  keys = jax.random.split(jax.random.key(1), 3)
+  rows = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
+  run = lambda rows, keys: np.asarray(
+    generate(model(), rows, NEW, key=keys, **ALL)
+  )
+  found = run(rows, keys)
+  for number, row in enumerate(rows):
+    alone = run([row], keys[number : number + 1])
+    np.testing.assert_array_equal(found[number], alone[0])
+  # An array without padding is the same prompt as a row.
+  array = quick(np.array(rows[:1]), key=keys[:1], **ALL)
+  np.testing.assert_array_equal(array[0], found[0])
+
+
+def test_four_tokens_and_six_more_are_ten():
+  stops = {"eos_id": 7, "stop": [[8, 4, 2]], "return_state": True}
+  tokens, state = sampled(PROMPT, 10, **stops)
+  first, state = sampled(PROMPT, 4, max_length=14, **stops)
+  assert isinstance(state, GenerationState)
+  np.testing.assert_array_equal(state.last, first[:, -1])
+  np.testing.assert_array_equal(state.model.length, [5 + 3] * 2)
+  rest, state = sampled(None, 6, state=state, **stops)
+  np.testing.assert_array_equal(jnp.concatenate([first, rest], 1), tokens)
+
+
+def test_conversation_goes_on_as_the_whole_text_would():
+  said = np.array([[7, 7], [1, 2]], np.int32)
+  first, state = quick(PROMPT, 3, return_state=True, max_length=20)
+  whole = jnp.concatenate([PROMPT, first, said], 1)
+  expected = quick(whole, repetition_penalty=2.0)
+  second = quick(said, state=state, repetition_penalty=2.0)
+  np.testing.assert_array_equal(second, expected)
+  # One row says nothing more, and goes on from its last token.
+  second = quick(
+    said, state=state, segment_ids=np.array([[0, 0], [1, 1]], np.int32),
+    repetition_penalty=2.0,
+  )  # fmt: skip
+  np.testing.assert_array_equal(second[1], expected[1])
+  alone = quick(whole[:1, :-2], repetition_penalty=2.0)
+  np.testing.assert_array_equal(second[0], alone[0])
+
+
+def test_prefix_is_read_once_for_several_prompts():
+  _, state = quick_jit(prefill)(model(), PROMPT[:1], model().init_state(1, 16))
+  ends = np.array([[7, 7], [1, 2], [4, 4]], np.int32)
+  found = quick(ends, state=take_rows(state, [0, 0, 0]))
+  whole = np.concatenate([np.repeat(PROMPT[:1], 3, 0), ends], 1)
+  np.testing.assert_array_equal(found, quick(whole))
+
+
+def test_row_ends_at_its_eos_token_and_pads_from_there():
+  tokens = np.asarray(greedy())
+  end = int(tokens[0, 1])
+  kept = np.cumsum(tokens == end, 1) - (tokens == end) == 0
+  for settings, pad in [({}, end), ({"pad_id": -7}, -7)]:
+    found, state = quick(PROMPT, eos_id=[15, end], return_state=True, **settings)
+    pad = pad if settings else 15
+    np.testing.assert_array_equal(found, np.where(kept, tokens, pad))
+  # The state is that before a row's last own token.
+  made = kept.sum(1)
+  np.testing.assert_array_equal(state.count, made)
+  np.testing.assert_array_equal(state.model.length, 5 + made - 1)
+  np.testing.assert_array_equal(state.done, (tokens == end).any(1))
+
+
+def test_row_ends_at_a_stop_sequence_that_was_generated():
+  tokens = np.asarray(greedy())
+  stop = [[0, 0, 0], [int(i) for i in tokens[0, 1:3]]]
+  found = np.asarray(quick(PROMPT, stop=stop, pad_id=-5))
+  np.testing.assert_array_equal(found[0, :3], tokens[0, :3])
+  assert found[0, 3] == -5
+  np.testing.assert_array_equal(found[1], tokens[1])
+  # The prompt's last token is not of it; another call's are.
+  across = [5, int(tokens[0, 0])]
+  np.testing.assert_array_equal(quick(PROMPT, stop=across), tokens)
+  _, state = quick(PROMPT, 2, stop=stop, return_state=True, max_length=9)
+  rest = np.asarray(quick(None, 2, state=state, stop=stop, pad_id=-5))
+  np.testing.assert_array_equal(rest, found[:, 2:])
+
+
+def test_generation_ends_when_all_rows_have_ended():
+  steps = []
+
+  def counted(model, prompt):
+    step = type(model).step
+    type(model).step = lambda *args: (
+      jax.debug.callback(steps.append, args[2].length) or step(*args)
+    )
+    try:
+      return generate(model, prompt, 50, eos_id=list(range(16)))
+    finally:
+      type(model).step = step
+
+  tokens = quick_jit(counted)(model(), PROMPT)
+  jax.effects_barrier()
+  np.testing.assert_array_equal(tokens[:, 0], greedy()[:, 0])
+  assert tokens.shape == (2, 50)
+  assert not steps
+
+
+def test_weights_that_are_nan_are_told_and_not_token_zero():
+  broken = jax.tree.map(lambda x: x * jnp.nan, model())
+  run = lambda key: quick_jit(
+    lambda m, p: generate(m, p, NEW, key=key, top_k=3, eos_id=3)
+  )(broken, PROMPT)
+  for key in (None, jax.random.key(0)):
+    np.testing.assert_array_equal(run(key), np.full((2, NEW), -1))
+
+
+def test_traced_token_outside_the_vocabulary_is_told_in_its_row_alone():
+  prompt = PROMPT.copy()
+  prompt[0, 2] = 16
+  found = np.asarray(quick(prompt))
+  np.testing.assert_array_equal(found[0], [-1] * NEW)
+  np.testing.assert_array_equal(found[1], greedy()[1])
+
+
+def test_rows_that_pad_the_vocabulary_are_never_generated():
+  lm = model()
+  counts = lambda found: set(np.asarray(found).flat)
+  key = jax.random.key(0)
+  assert counts(quick(PROMPT, 40, key, temperature=1e6)) - set(range(9))
+  found = quick(PROMPT, 40, key, temperature=1e6, vocab_size=9)
+  assert counts(found) <= set(range(9))
+  padded = jax.tree.map(lambda x: x, lm)
+  padded.config = dataclasses.replace(lm.config, true_vocab_size=9)
+  run = lambda m, p: generate(m, p, 40, key=key, temperature=1e6)
+  np.testing.assert_array_equal(quick_jit(run)(padded, PROMPT), found)
+
+
+def test_other_numbers_keys_and_ends_do_not_compile_anew():
+  traces = []
+
+  class Counted(LanguageModel):
+    def features(self, *args, **kwargs):
+      traces.append("features")
+      return super().features(*args, **kwargs)
+
+  config = ModelConfig(16, 8, 1, mixers=(MinGRUConfig(),))
+  lm = Counted(config, rngs=nnx.Rngs(0))
+  run = lambda seed, **settings: generate(
+    lm, PROMPT, 3, key=jax.random.key(seed), **settings
+  )
+  run(0, temperature=0.5, top_p=0.5, min_p=0.1, eos_id=1, stop=[[1, 2]])
+  first = len(traces)
+  run(1, temperature=0, top_p=1, min_p=0.0, eos_id=9, stop=[[4, 2]])
+  assert first
+  assert len(traces) == first
+
+
+def test_state_without_room_for_the_tokens_is_refused():
+  lm = jax.eval_shape(model)
+  first = LanguageModel.init_state(model(), 2, 9)
+  message = "need 10 positions, expected at most the state's room of 9"
+  with pytest.raises(ValueError, match=message):
+    generate(lm, PROMPT, 6, state=first)
+  with pytest.raises(ValueError, match=r"state has 2 rows, expected B=1"):
+    generate(lm, PROMPT[:1], 2, state=first)
+
+
+def test_rows_divided_in_a_shard_map_generate_as_together():
+  mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+  run = lambda m, p: generate(m, p, NEW, eos_id=3)
+  config = ModelConfig(16, 8, 1, mixers=(MinGRUConfig(),))
+  lm = LanguageModel(config, rngs=nnx.Rngs(0))
+  parts = jax.shard_map(
+    run, mesh=mesh, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P("data")
+  )
+  np.testing.assert_array_equal(
+    quick_jit(parts)(lm, PROMPT), quick_jit(run)(lm, PROMPT)
+  )
+
+
+def test_rows_of_explicit_shardings_generate_as_on_one_device():
+  mesh = jax.make_mesh((2,), ("data",))
+  on = lambda spec: lambda x: jax.device_put(x, NamedSharding(mesh, spec))
+  config = ModelConfig(16, 8, 1, mixers=(MinGRUConfig(),))
+  lm = LanguageModel(config, rngs=nnx.Rngs(0))
+  run = quick_jit(
+    lambda m, p: generate(
+      m, p, NEW, key=jax.random.key(0), stop=[[3, 3]], eos_id=3, **ALL
+    )
+  )
+  found = run(jax.tree.map(on(jax.P()), lm), on(jax.P("data"))(PROMPT))
+  np.testing.assert_array_equal(jax.device_get(found), run(lm, PROMPT))
 
 
 def test_prefill_gives_the_logits_after_each_rows_last_token():
@@ -178,10 +383,42 @@ def test_token_outside_the_vocabulary_is_nan_and_not_anothers():
   ("arguments", "message"),
   [
     ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more"),
-    ({"temperature": 0.0}, "temperature is 0.0, expected above 0"),
-    ({"temperature": float("nan")}, "temperature is nan, expected above 0"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected 1 or more"),
+    ({"temperature": -1.0}, "temperature is -1.0, expected a finite number, 0"),
+    ({"temperature": float("nan")}, "temperature is nan, expected a finite"),
     ({"top_k": 0}, "top_k is 0, expected 1 to vocab_size=16"),
     ({"top_k": 17}, "top_k is 17, expected 1 to vocab_size=16"),
+    ({"top_k": True}, "top_k is True, expected 1 to vocab_size=16"),
+    ({"vocab_size": 9, "top_k": 10}, "top_k is 10, expected 1 to vocab_size=9"),
+    ({"vocab_size": 17}, "vocab_size is 17, expected 1 to vocab_size=16"),
+    ({"top_p": 0}, "top_p is 0, expected above 0 and at most 1"),
+    ({"eos_id": 16}, "eos_id has token 16, expected 0 to 15"),
+    ({"eos_id": [3, -1]}, "eos_id has token -1, expected 0 to 15"),
+    ({"eos_id": 1.0}, "eos_id is 1.0, expected a token of 0 to 15"),
+    ({"stop": [[3], [16]]}, "stop has token 16, expected 0 to 15"),
+    ({"stop": [[3], []]}, "stop has an empty sequence"),
+    ({"stop": "ab"}, "stop is text and tokenizer is NoneType"),
+    ({"pad_id": "x"}, "pad_id is 'x', expected an integer"),
+    ({"max_length": 7}, "the tokens so far, .* need 8 positions, .* max_length=7"),
+    ({"key": 3}, "key is a int, expected a key"),
+    ({"key": jax.random.split(jax.random.key(0), 3)}, r"key has shape \(3,\)"),
+    ({"state": 3}, "state is a int, expected what generate returned"),
+    ({"prompt": None}, "prompt is None, expected tokens"),
+    ({"prompt": "abc"}, "prompt is text and tokenizer is NoneType"),
+    ({"prompt": ["abc", 3]}, "prompt is text and tokenizer is NoneType"),
+    ({"prompt": [[1], []]}, "row 1 of prompt is empty, expected a token"),
+    ({"prompt": [[1], [2.0]]}, "row 1 of prompt has shape .* float64"),
+    ({"prompt": PROMPT * 1.0}, "prompt has dtype float64, expected an integer"),
+    ({"prompt": PROMPT + 10}, r"prompt has token 19 at \[1, 0\], expected 0 to"),
+    ({"prompt": PROMPT - 2}, r"prompt has token -1 at \[0, 1\], expected 0 to"),
+    (
+      {"prompt": PROMPT.astype(np.int64) + 2**32},
+      r"prompt has token 4294967299 at \[0, 0\], expected 0 to 15",
+    ),
+    (
+      {"segment_ids": np.array([[1] * 5, [0] * 5])},
+      "segment_ids has no token in row 1",
+    ),
     ({"prompt": PROMPT[0]}, r"prompt has shape \(5,\), expected \(B, T\)"),
     (
       {"segment_ids": PROMPT[:, :4]},
@@ -200,7 +437,7 @@ def test_generate_refuses_to_run_past_learned_positions():
     16, 8, 1, mixers=(AttentionConfig(positions="none"),), max_positions=7
   )
   lm = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-  message = "max_new_tokens=4 need 8 positions, expected at most max_posi"
+  message = "max_new_tokens=4 need 8 positions, expected at most max_posit"
   with pytest.raises(ValueError, match=message):
     generate(lm, PROMPT, 4)
 

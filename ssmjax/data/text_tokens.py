@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -26,10 +27,16 @@ class Tokenizer(Protocol):
   vocab_size: int
   boundary: int
 
-  def encode(
-    self, documents: Sequence[bytes]
-  ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield (ids, bytes of each) of every document; None if all are 1."""
+  def encode(self, documents: Any) -> Any:
+    """Encode documents, or one text.
+
+    Args:
+      documents: a sequence of bytes; or a `str`.
+
+    Returns:
+      An iterator of (ids, bytes of each) of every document, None if all are 1;
+      of a text its ids, `[N]` int32, without boundaries.
+    """
 
   def decode(self, ids: Iterable[int]) -> str:
     """Give the text, with � for bytes that are no UTF-8; no boundaries."""
@@ -39,6 +46,8 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
   """Take every byte as its own token: ids 0 … 255, and 256 the boundary.
 
+  >>> ByteTokenizer().encode("hi")
+  array([104, 105], dtype=int32)
   >>> ByteTokenizer().decode([256, 104, 105, 256])
   'hi'
   """
@@ -46,12 +55,31 @@ class ByteTokenizer:
   vocab_size = 257
   boundary = 256
 
+  @typing.overload
+  def encode(self, documents: str) -> np.ndarray: ...
+
+  @typing.overload
   def encode(
     self, documents: Sequence[bytes]
-  ) -> Iterator[tuple[np.ndarray, None]]:
-    """Yield (ids, None) of every document."""
-    for document in documents:
-      yield np.frombuffer(document, np.uint8), None
+  ) -> Iterator[tuple[np.ndarray, None]]: ...
+
+  def encode(self, documents):
+    """Encode documents, or one text.
+
+    Args:
+      documents: a sequence of bytes, not one alone; or a `str`.
+
+    Returns:
+      An iterator of (ids, None) of every document; of a text its ids, `[N]`
+      int32, without boundaries.
+
+    Raises:
+      ValueError: if a document is not bytes.
+    """
+    if isinstance(documents, str):
+      return np.frombuffer(documents.encode(), np.uint8).astype(np.int32)
+    check_documents("ByteTokenizer.encode", documents)
+    return ((np.frombuffer(item, np.uint8), None) for item in documents)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Give the text, with � for bytes that are no UTF-8; no boundaries."""
@@ -116,14 +144,35 @@ class FileTokenizer:
     self.vocab_size = max(vocabulary.values()) + 1
     self.boundary = vocabulary[boundary]
 
+  @typing.overload
+  def encode(self, documents: str) -> np.ndarray: ...
+
+  @typing.overload
   def encode(
     self, documents: Sequence[bytes]
-  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (ids, bytes of each) of every document, int64.
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
+
+  def encode(self, documents):
+    """Encode documents, or one text.
+
+    Args:
+      documents: a sequence of bytes, not one alone; or a `str`.
+
+    Returns:
+      An iterator of (ids, bytes of each) of every document, int64; of a text
+      its ids, `[N]` int32, without boundaries.
 
     Raises:
-      ValueError: if a document is not UTF-8, or holds the boundary's id.
+      ValueError: if a document is not bytes; while iterating, if it is not
+        UTF-8, or holds the boundary's id.
     """
+    if isinstance(documents, str):
+      ((ids, _),) = self._encode([documents.encode()])
+      return ids.astype(np.int32)
+    check_documents("FileTokenizer.encode", documents)
+    return self._encode(documents)
+
+  def _encode(self, documents):
     numbered = list(enumerate(documents))
     for some in itertools.batched(numbered, _AT_ONCE):
       texts = [_text(number, document) for number, document in some]

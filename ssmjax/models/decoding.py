@@ -10,6 +10,7 @@ from ssmjax.models.attention import token_positions
 from ssmjax.models.lm import LanguageModel, ModelState
 from ssmjax.models.sampling import Sampling, choose_tokens, row_keys
 from ssmjax.ops.segments import last_valid
+from ssmjax.ops.varying import match_varying
 from ssmjax.types import Array, Bool, Float, Int
 
 __all__ = [
@@ -149,10 +150,10 @@ def begin(
     # Nothing follows a row without a token.
     _, there = last_valid(segment_ids > 0)
     logits = jnp.where(there[:, None], logits, jnp.nan)
-  # Of one row's shape and place on the devices.
-  zeros = jnp.zeros_like(tokens[:, 0], jnp.int32)
+  # Made of the rows, to lie on the devices where they do.
+  zeros = tokens[:, 0] * 0
   size = model.config.vocab_size if settings.track else 0
-  seen = jnp.zeros_like(logits[:, :size], jnp.bool_)
+  seen = (zeros > 0)[:, None] & jnp.zeros((size,), jnp.bool_)
   if settings.track:
     before = None if rows is None or not rows.seen.size else rows.seen
     seen = _seen(seen, before, tokens, segment_ids, state.length)
@@ -163,7 +164,7 @@ def begin(
     count=zeros if rows is None else rows.count,
     done=zeros > 0,
     seen=seen,
-    tail=jnp.repeat(zeros[:, None] - 1, width, 1),
+    tail=zeros[:, None] - jnp.ones((width,), jnp.int32),
   )
   return _accept(started, inner, logits, choices, settings)
 
@@ -193,6 +194,8 @@ def advance(
     made before all rows had ended.
   """
   state = state._replace(tail=_fitted(state.tail, choices.stop.shape[1]))
+  # Inside shard_map a counter may be everyone's until a row ends.
+  (state,) = match_varying(state)
 
   def unfinished(carry):
     index, state, _ = carry
@@ -207,7 +210,7 @@ def advance(
     place = jnp.arange(size, dtype=jnp.int32) == index
     return index + 1, state, jnp.where(place, token[:, None], tokens)
 
-  tokens = jnp.repeat(jnp.zeros_like(state.last)[:, None], size, 1)
+  tokens = state.last[:, None] * jnp.zeros((size,), jnp.int32)
   index, state, tokens = jax.lax.while_loop(
     unfinished, step, (jnp.int32(0), state, tokens)
   )
@@ -257,15 +260,13 @@ def _after_end(state, choices):
 
 def _with_last(tokens, segment_ids, state):
   """Put the token that was not read yet before a prompt."""
-  if segment_ids is None:
-    segment_ids = jnp.ones_like(tokens)
-  # It is of the document that goes on: no restart between the two.
-  first = jnp.argmax(segment_ids > 0, 1)[:, None]
-  own = jnp.maximum(jnp.take_along_axis(segment_ids, first, 1), 1)
-  return (
-    jnp.concatenate([state.last[:, None], tokens], 1),
-    jnp.concatenate([own, segment_ids], 1),
-  )
+  tokens = jnp.concatenate([state.last[:, None], tokens], 1)
+  if segment_ids is not None:
+    # It is of the document that goes on: no restart between the two.
+    first = jnp.argmax(segment_ids > 0, 1)[:, None]
+    own = jnp.maximum(jnp.take_along_axis(segment_ids, first, 1), 1)
+    segment_ids = jnp.concatenate([own, segment_ids], 1)
+  return tokens, segment_ids
 
 
 def _seen(seen, before, tokens, segment_ids, length):

@@ -131,7 +131,7 @@ def row_keys(key: Array | None, count: Int[Array, " B"]) -> Array | None:
     key = jax.random.wrap_key_data(key)
   if key.ndim == 0:
     # Made of the counts, to lie on the same devices.
-    row = jnp.arange(count.shape[0], dtype=jnp.int32) + jnp.zeros_like(count)
+    row = jnp.arange(count.shape[0], dtype=jnp.int32) + count * 0
     key = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
   return jax.vmap(jax.random.fold_in)(key, count)
 

@@ -94,6 +94,7 @@ def _row_numbers(rows: Any, batch: int) -> Any:
 
 def _take(x, index, axis):
   """x at these places of an axis, its layout kept where types have one."""
+  x = jnp.asarray(x)
   sharding = jax.typeof(x).sharding
   out = sharding if sharding.mesh.explicit_axes else None
   place = (slice(None),) * axis + (index,)
