@@ -1,5 +1,7 @@
 """A published checkpoint loads as the published model."""
 
+import dataclasses
+import json
 import math
 import tracemalloc
 
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import TOLERANCE, rms_error
+from flax import nnx
 from interop_checkpoints import (
   EMBEDDING,
   HEAD,
@@ -32,6 +35,7 @@ from interop_checkpoints import (
 from ssmjax.interop import (
   abstract_pretrained,
   load_pretrained,
+  save_pretrained,
 )
 from ssmjax.models import (
   MambaConfig,
@@ -62,9 +66,12 @@ def test_both_formats_give_the_configuration_of_their_fields(tmp_path):
     folder = checkpoint(
       tmp_path / fields.get("model_type", "n"), fields, tensors
     )
-    assert abstract_pretrained(folder).config == expected
+    # The table is padded from 27 tokens, which one format says.
+    tokens = None if fields is HF else 27
+    config = dataclasses.replace(expected, true_vocab_size=tokens)
+    assert abstract_pretrained(folder).config == config
     (folder / "config.json").rename(folder / "params.json")
-    assert abstract_pretrained(folder).config == expected
+    assert abstract_pretrained(folder).config == config
 
 
 def test_shards_give_what_one_file_gives(tmp_path):
@@ -268,3 +275,30 @@ def test_loaded_model_generates(tmp_path):
   tokens = generate(model, prompt, 2)
   # The likeliest tokens, one after the other, of the published logits.
   np.testing.assert_array_equal(tokens[:, 0], forward(model)[:, 4].argmax(-1))
+
+
+def test_rows_that_pad_a_published_vocabulary_are_not_generated(tmp_path):
+  model = load_pretrained(checkpoint(tmp_path / "a", NATIVE, native()))
+  assert model.config.true_vocab_size == 27
+  # Of 32 rows the last 5 are no tokens, and here likelier than the others.
+  model.embedding = nnx.Param(model.embedding[...].at[27:].multiply(100.0))
+  logits = forward(model)
+  assert (logits.argmax(-1) >= 27).any()
+  found = generate(model, [[1, 2]], 8, key=jax.random.key(0), temperature=9.0)
+  assert int(found.max()) < 27
+  # Saved natively it is as it was.
+  save_pretrained(tmp_path / "b", model, format="native")
+  fields = json.loads((tmp_path / "b" / "config.json").read_text())
+  assert (fields["vocab_size"], fields["pad_vocab_size_multiple"]) == (27, 8)
+  # In transformers' form the tokenizer beside it tells.
+  save_pretrained(tmp_path / "c", model)
+  assert load_pretrained(tmp_path / "c").config.true_vocab_size is None
+  for text, expected in [
+    ({"model": {"vocab": {"a": 0, "b": 20}}, "added_tokens": [{"id": 22}]}, 23),
+    ({"model": {"vocab": [["a", 0.5], ["b", 0.1]]}}, 2),
+    ({"model": {"vocab": {"a": 40}}}, None),
+    ({"model": []}, None),
+  ]:
+    (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(text))
+    config = abstract_pretrained(tmp_path / "c").config
+    assert config.true_vocab_size == expected

@@ -131,7 +131,7 @@ class Format:
 # Fields of a model that formats know or that say nothing about its numbers.
 _EVERY = {
   *("vocab_size", "d_model", "n_layers", "mixers", "norm_epsilon"),
-  *("init", "remat", "dtype"),
+  *("init", "remat", "dtype", "true_vocab_size"),
 }
 _NAMES = {
   "mlp_ratio": "an MLP in each block, ",

@@ -168,8 +168,10 @@ def native_model(fields: dict[str, Any], mixer) -> ModelConfig:
   """Make the configuration of the package's model of such a mixer."""
   multiple = whole_number(fields, "pad_vocab_size_multiple", 8)
   vocabulary = whole_number(fields, "vocab_size")
+  rows = math.ceil(vocabulary / multiple) * multiple
   return ModelConfig(
-    vocab_size=math.ceil(vocabulary / multiple) * multiple,
+    vocab_size=rows,
+    true_vocab_size=None if rows == vocabulary else vocabulary,
     d_model=whole_number(fields, "d_model"),
     n_layers=whole_number(fields, "n_layer"),
     mixers=(mixer,),
@@ -185,17 +187,20 @@ def native_fields(config: ModelConfig, settings) -> dict[str, Any]:
       f"save_pretrained: norm_epsilon is {config.norm_epsilon}, and the native"
       " format has no field for it: its readers take 1e-5. Use format='hf'."
     )
+  rows = config.vocab_size
+  vocabulary = config.true_vocab_size or rows
+  # As published ones have it, where that gives the rows that the table has.
+  multiples = (m for m in (1, 8, 16, rows) if -vocabulary % m + vocabulary == rows)
   # No more than every version of the package reads: it refuses the rest.
   fields = {
     "d_model": config.d_model,
     "n_layer": config.n_layers,
-    "vocab_size": config.vocab_size,
+    "vocab_size": vocabulary,
     "ssm_cfg": settings,
     "rms_norm": True,
     "residual_in_fp32": True,
     "fused_add_norm": True,
-    # The rows that the table has are all that there are.
-    "pad_vocab_size_multiple": 1,
+    "pad_vocab_size_multiple": next(multiples),
   }
   return fields if config.tie_embeddings else fields | {"tie_embeddings": False}
 

@@ -1,5 +1,6 @@
 """What is to be loaded: a checkpoint's names and shapes against a model's."""
 
+import dataclasses
 import pathlib
 import re
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from ssmjax.interop.folders import (
 )
 from ssmjax.interop.formats import SAME, Format, Tensor, flag, lacking
 from ssmjax.interop.naming import layers, parameter_name, parameters
+from ssmjax.interop.vocabulary import count_tokens
 from ssmjax.models import LanguageModel
 
 __all__ = ["Place", "Plan", "make_plan"]
@@ -64,7 +66,7 @@ def make_plan(path, dtype) -> Plan:
   file = find_config(folder)
   fields = read_object(file)
   format, model = _described(file, fields, getattr(jnp, dtype.name))
-  config = model.config
+  config = _with_tokens(model.config, folder)
   absent_parameters = format.absent(fields)
   places: list[Place] = []
   absent: list[Place] = []
@@ -88,6 +90,7 @@ def make_plan(path, dtype) -> Plan:
     ),
     model,
   )
+  model.config = config
   shapes = parameters(model)
   files = list_tensors(folder)
   by_name, head = _match(file, format, places, shapes, files)
@@ -113,6 +116,14 @@ def _described(file, fields, dtype) -> tuple[Format, LanguageModel]:
       " loads it."
     ) from error
   return format, model
+
+
+def _with_tokens(config, folder):
+  """The configuration, which knows the tokens that the tokenizer has."""
+  size = count_tokens(folder)
+  if config.true_vocab_size or size is None or not 0 < size < config.vocab_size:
+    return config
+  return dataclasses.replace(config, true_vocab_size=size)
 
 
 def _match(file, format, places, shapes, files):
