@@ -649,3 +649,20 @@ def test_file_that_ends_too_early_is_refused(tmp_path, pack):
   path.write_bytes(pack(bytes(range(256)) * 9)[:-20])
   with pytest.raises(ValueError, match="cannot be unpacked"):
     read_documents(path)
+
+
+def test_one_text_gives_its_ids_and_one_document_is_refused(words):
+  for tokenizer in (ByteTokenizer(), FileTokenizer(words)):
+    ids = tokenizer.encode("ab ab")
+    ((found, _),) = tokenizer.encode([b"ab ab"])
+    np.testing.assert_array_equal(ids, found)
+    assert ids.dtype == np.int32
+    name = type(tokenizer).__name__
+    with pytest.raises(ValueError, match=f"{name}.encode: documents is one by"):
+      tokenizer.encode(b"ab ab")
+    with pytest.raises(ValueError, match=f"{name}.encode: document 1 is a str"):
+      tokenizer.encode([b"ab", "ab"])
+  assert ByteTokenizer().decode(ByteTokenizer().encode("Ä b")) == "Ä b"
+  for use in (encode_documents, split_documents, ByteTokenizer().encode):
+    with pytest.raises(ValueError, match="documents is a generator, expected"):
+      use(text for text in [b"a", b"b"])

@@ -15,7 +15,7 @@ import pathlib
 import re
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ssmjax.data.recall import as_uint32
@@ -165,6 +165,12 @@ def check_documents(where: str, documents: Sequence[bytes]) -> None:
     raise ValueError(
       f"{where}: documents is one {type(documents).__name__}, expected a "
       "sequence of bytes. Put it in a list."
+    )
+  if isinstance(documents, Iterator):
+    # To look at them would use them up.
+    raise ValueError(
+      f"{where}: documents is a {type(documents).__name__}, expected a sequence "
+      "of bytes. Pass list(documents)."
     )
   for number, document in enumerate(documents):
     if not isinstance(document, bytes):
