@@ -11,12 +11,18 @@ from flax import nnx
 
 from ssmjax.models import (
   AttentionConfig,
+  Classifier,
+  ClassifierConfig,
   LanguageModel,
   MambaConfig,
+  MinGRUConfig,
   ModelConfig,
+  classification_loss,
   gather_labels,
   labelled_loss,
 )
+from ssmjax.models.blocks import embed_tokens
+from ssmjax.ops import linear_cross_entropy
 
 LABELS = np.full((3, 7), -100, np.int32)
 LABELS[0, [1, 4, 6]] = [5, 0, 15]
@@ -131,3 +137,121 @@ def test_gather_labels_fills_up_rows_shorter_than_asked_for():
   found = gather_labels(LABELS, 9)
   assert {v.shape for v in found.values()} == {(3, 9)}
   np.testing.assert_array_equal(found["weights"].sum(1), [3, 1, 0])
+
+
+INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_tokens_of_every_integer_type_are_the_same_tokens(dtype):
+  # More classes and places than the narrow types can count.
+  table = jnp.arange(70_000, dtype=jnp.float32)[:, None]
+  ids = jnp.array([[0, 127, 5]], dtype)
+  embed = jax.jit(embed_tokens)
+  np.testing.assert_array_equal(embed(table, ids)[..., 0], [[0, 127, 5]])
+  if jnp.issubdtype(dtype, jnp.signedinteger):
+    assert jnp.isnan(embed(table, jnp.array([[-1]], dtype))).all()
+  loss, correct = linear_cross_entropy(
+    jnp.ones((3, 1)), table / 70_000, ids[0], jnp.ones(3)
+  )
+  expected, _ = linear_cross_entropy(
+    jnp.ones((3, 1)), table / 70_000, ids[0].astype(jnp.int32), jnp.ones(3)
+  )
+  assert loss == expected
+  wide = np.zeros((1, 300), np.int32)
+  wide[0, 120] = 3
+  batch = {"tokens": wide, "positions": np.array([[120]]), "targets": ids[:, :1]}
+  found = quick_jit(labelled_loss)(model(), jax.tree.map(
+    lambda x: x.astype(dtype), batch
+  ))  # fmt: skip
+  assert_close(found, quick_jit(labelled_loss)(model(), batch))
+
+
+def test_ids_beyond_32_bits_are_no_other_tokens(x64):
+  table = jnp.ones((4, 1), jnp.float32)
+  far = np.array([2**32, -(2**32)])
+  assert jnp.isnan(embed_tokens(table, far[None])).all()
+  for targets in (far[:1], jnp.asarray(far[:1])):
+    loss, _ = linear_cross_entropy(jnp.ones((1, 1)), table, targets)
+    assert jnp.isnan(loss)
+
+
+@pytest.mark.parametrize("position", [-1, -7, 7, 1 << 30])
+def test_labelled_loss_is_nan_at_a_position_outside_the_row(position):
+  batch = {"tokens": TOKENS, **gather_labels(LABELS, 4)}
+  run = quick_jit(labelled_loss)
+  where = lambda place: batch["positions"].at[place].set(position)
+  # In a place without weight it says nothing.
+  loss, _, _ = run(model(), batch | {"positions": where((1, 3))})
+  assert loss == run(model(), batch)[0]
+  loss, _, _ = run(model(), batch | {"positions": where((0, 0))})
+  assert jnp.isnan(loss)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_of_every_integer_type_are_gathered_alike(dtype):
+  dense = np.where(LABELS < 0, 100, LABELS)
+  found = gather_labels(dense.astype(dtype), 4, ignore=100)
+  expected = gather_labels(LABELS, 4)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  # What a type cannot hold, nothing is.
+  if np.iinfo(dtype).min == 0:
+    labels = np.full((1, 2), np.iinfo(dtype).max - 99, dtype)
+    assert gather_labels(labels, 2)["weights"].all()
+
+
+@functools.cache
+def classifier():
+  config = ClassifierConfig(5, 8, 1, vocab_size=16, mixers=(MinGRUConfig(),))
+  return Classifier(config, rngs=nnx.Rngs(0))
+
+
+def test_classification_loss_and_accuracy_are_those_of_the_logits():
+  labels = np.array([3, 0, 4], np.uint8)
+  weights = np.array([1.0, 0.0, 2.5], np.float32)
+  batch = {"inputs": TOKENS, "labels": labels, "weights": weights}
+  for smoothing in (0.0, 0.2):
+    loss, weight, metrics = quick_jit(
+      functools.partial(classification_loss, label_smoothing=smoothing)
+    )(classifier(), batch)
+    logits = np.asarray(quick_jit(lambda m, x: m(x))(classifier(), TOKENS))
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    target = (1 - smoothing) * np.eye(5)[labels] + smoothing / 5
+    expected = -(weights * (target * log_p).sum(1)).sum()
+    assert_close(loss, expected)
+    assert weight == 3.5
+    assert metrics["accuracy"] == weights[logits.argmax(1) == labels].sum()
+
+
+def test_rows_without_weight_change_no_classification_loss_nor_gradient():
+  labels = np.array([3, 9, 4], np.int32)
+  padded = TOKENS.copy()
+  padded[1] = -1
+  batch = {"inputs": padded, "labels": labels, "weights": np.ones(3)}
+  batch["weights"][1] = 0
+  rows = {"inputs": TOKENS[::2], "labels": labels[::2]}
+  ids = np.ones_like(TOKENS)
+  ids[1] = 0
+  run = quick_jit(
+    jax.value_and_grad(lambda m, batch: classification_loss(m, batch)[0])
+  )
+  found = run(classifier(), batch | {"segment_ids": ids})
+  assert_close(found, run(classifier(), rows))
+  loss, _ = run(classifier(), batch | {"weights": np.ones(3)})
+  assert jnp.isnan(loss)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"labels": np.zeros((3, 5), np.int32)}, r"labels has shape \(3, 5\), exp"),
+    ({"labels": np.zeros(3)}, "labels has dtype float64, expected class num"),
+    ({"weights": np.zeros(2)}, r"weights has shape \(2,\), expected \(B=3\)"),
+  ],
+)
+def test_classification_loss_names_what_cannot_be(fields, message):
+  batch = {"inputs": TOKENS, "labels": np.zeros(3, np.int32)} | fields
+  with pytest.raises(ValueError, match="classification_loss: " + message):
+    classification_loss(classifier(), batch)
+  with pytest.raises(ValueError, match="label_smoothing is 1.0, expected 0 or"):
+    classification_loss(classifier(), batch, label_smoothing=1.0)

@@ -20,6 +20,7 @@ from ssmjax.models.layers import (
   affine,
   linear_weight,
 )
+from ssmjax.ops.class_ids import known_ids
 from ssmjax.types import Array, Float, Int
 
 __all__ = [
@@ -170,7 +171,7 @@ def embed_tokens(
   the tokens.
   """
   # A negative id is not counted from the end.
-  tokens = jnp.where(tokens < 0, table.shape[0], tokens)
+  tokens = known_ids(tokens, table.shape[0])
   sharding = jax.typeof(tokens).sharding
   out = None
   if sharding.mesh.explicit_axes:

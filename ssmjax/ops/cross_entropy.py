@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ssmjax.ops.class_ids import known_ids
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import (
   Array,
@@ -91,7 +92,8 @@ def linear_cross_entropy(
   return _loss(
     softcap,
     *match_varying(
-      features, weight, targets.astype(jnp.int32), weights.astype(jnp.float32)
+      features, weight, known_ids(targets, weight.shape[0]),
+      weights.astype(jnp.float32),
     ),
   )
 
