@@ -44,7 +44,11 @@ from ssmjax.models.linear_attention import (
 from ssmjax.models.lm import LanguageModel, ModelState
 from ssmjax.models.lmu import LMU, LMUConfig, LMUState
 from ssmjax.models.longhorn import Longhorn, LonghornConfig, LonghornState
-from ssmjax.models.losses import gather_labels, labelled_loss
+from ssmjax.models.losses import (
+  classification_loss,
+  gather_labels,
+  labelled_loss,
+)
 from ssmjax.models.mamba import Mamba, MambaConfig, MambaState
 from ssmjax.models.mamba2 import Mamba2, Mamba2Config, Mamba2State
 from ssmjax.models.min_rnn import (
@@ -154,6 +158,7 @@ __all__ = [
   "TTTLinear",
   "TTTLinearConfig",
   "TTTLinearState",
+  "classification_loss",
   "config_from_json",
   "config_to_json",
   "gather_labels",
