@@ -151,7 +151,7 @@ def test_tokens_of_every_integer_type_are_the_same_tokens(dtype):
   np.testing.assert_array_equal(embed(table, ids)[..., 0], [[0, 127, 5]])
   if jnp.issubdtype(dtype, jnp.signedinteger):
     assert jnp.isnan(embed(table, jnp.array([[-1]], dtype))).all()
-  loss, correct = linear_cross_entropy(
+  loss, _ = linear_cross_entropy(
     jnp.ones((3, 1)), table / 70_000, ids[0], jnp.ones(3)
   )
   expected, _ = linear_cross_entropy(
@@ -160,7 +160,11 @@ def test_tokens_of_every_integer_type_are_the_same_tokens(dtype):
   assert loss == expected
   wide = np.zeros((1, 300), np.int32)
   wide[0, 120] = 3
-  batch = {"tokens": wide, "positions": np.array([[120]]), "targets": ids[:, :1]}
+  batch = {
+    "tokens": wide,
+    "positions": np.array([[120]]),
+    "targets": ids[:, :1],
+  }
   found = quick_jit(labelled_loss)(model(), jax.tree.map(
     lambda x: x.astype(dtype), batch
   ))  # fmt: skip
@@ -253,5 +257,5 @@ def test_classification_loss_names_what_cannot_be(fields, message):
   batch = {"inputs": TOKENS, "labels": np.zeros(3, np.int32)} | fields
   with pytest.raises(ValueError, match="classification_loss: " + message):
     classification_loss(classifier(), batch)
-  with pytest.raises(ValueError, match="label_smoothing is 1.0, expected 0 or"):
-    classification_loss(classifier(), batch, label_smoothing=1.0)
+  with pytest.raises(ValueError, match="label_smoothing is 1, expected 0 or"):
+    classification_loss(classifier(), batch, label_smoothing=1)

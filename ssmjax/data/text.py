@@ -169,8 +169,8 @@ def check_documents(where: str, documents: Sequence[bytes]) -> None:
   if isinstance(documents, Iterator):
     # To look at them would use them up.
     raise ValueError(
-      f"{where}: documents is a {type(documents).__name__}, expected a sequence "
-      "of bytes. Pass list(documents)."
+      f"{where}: documents is a {type(documents).__name__}, expected a "
+      "sequence of bytes. Pass list(documents)."
     )
   for number, document in enumerate(documents):
     if not isinstance(document, bytes):

@@ -190,7 +190,9 @@ def native_fields(config: ModelConfig, settings) -> dict[str, Any]:
   rows = config.vocab_size
   vocabulary = config.true_vocab_size or rows
   # As published ones have it, where that gives the rows that the table has.
-  multiples = (m for m in (1, 8, 16, rows) if -vocabulary % m + vocabulary == rows)
+  multiples = (
+    m for m in (1, 8, 16, rows) if -vocabulary % m + vocabulary == rows
+  )
   # No more than every version of the package reads: it refuses the rest.
   fields = {
     "d_model": config.d_model,

@@ -1,7 +1,7 @@
 """The loop of generation: read, choose, stop; a few tokens a dispatch."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class GenerationState(NamedTuple):
     model: the model's state, after every token of the row but the last.
     last: the last token, which the model has not read yet, `[B]` int32; -1
       where a row's logits were not finite.
-    count: tokens that were generated in a row, `[B]` int32; a row's next token
+    made: tokens that were generated in a row, `[B]` int32; a row's next token
       is drawn with its key folded with this number.
     done: rows that have ended, `[B]` bool.
     seen: tokens that are there, for the repetition penalty, `[B, V]` bool.
@@ -44,7 +44,7 @@ class GenerationState(NamedTuple):
 
   model: ModelState
   last: Int[Array, " B"]
-  count: Int[Array, " B"]
+  made: Int[Array, " B"]
   done: Bool[Array, " B"]
   seen: Bool[Array, "B V"]
   tail: Int[Array, "B L"]
@@ -161,7 +161,7 @@ def begin(
   started = GenerationState(
     model=inner,
     last=zeros,
-    count=zeros if rows is None else rows.count,
+    made=zeros if rows is None else rows.made,
     done=zeros > 0,
     seen=seen,
     tail=zeros[:, None] - jnp.ones((width,), jnp.int32),
@@ -222,7 +222,7 @@ def advance(
 
 def _accept(state, inner, logits, choices, settings):
   """Choose a token after `inner`, and note it: the new state, the tokens."""
-  keys = row_keys(choices.key, state.count)
+  keys = row_keys(choices.key, state.made)
   seen = state.seen if state.seen.size else None
   token = choose_tokens(
     logits, keys, choices.sampling, seen,
@@ -245,7 +245,7 @@ def _accept(state, inner, logits, choices, settings):
   state = GenerationState(
     model=inner,
     last=jnp.where(going, token, state.last),
-    count=state.count + made,
+    made=state.made + made,
     done=state.done | ended | failed,
     seen=state.seen if seen is None else seen,
     tail=tail,

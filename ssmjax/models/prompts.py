@@ -222,8 +222,8 @@ def _padded(function, rows, goes_on, room):
 
 def _check_known(function, prompt, segment_ids, vocab_size, goes_on):
   """Raise for ids outside the vocabulary and for rows without a token."""
-  known = lambda x: not is_traced(x) and getattr(
-    x, "is_fully_addressable", True
+  known = lambda x: (
+    not is_traced(x) and getattr(x, "is_fully_addressable", True)
   )
   if not known(segment_ids):
     return

@@ -150,9 +150,7 @@ def check_count(function: str, name: str, value: Any, most: int | None) -> int:
     number = 0
   known = not isinstance(value, bool) and number >= 1
   if not known or (most is not None and number > most):
-    raise ValueError(
-      f"{function}: {name} is {value!r}, expected {expected}."
-    )
+    raise ValueError(f"{function}: {name} is {value!r}, expected {expected}.")
   return number
 
 
@@ -170,7 +168,8 @@ def _draw(logits, keys, sampling, top_k):
     # from the small end, or rounding would cut the tail at top_p = 1.
     probability = jax.nn.softmax(scores, -1)
     rest = jax.lax.cumsum(probability, probability.ndim - 1, reverse=True)
-    kept = (rest > 1 - sampling.top_p).at[:, 0].set(True)
+    first = jnp.arange(scores.shape[-1], dtype=jnp.int32) == 0
+    kept = first | (rest > 1 - sampling.top_p)
     scores = jnp.where(kept, scores, -jnp.inf)
   if sampling.min_p is not None:
     # The largest score is 0: pᵥ ≥ min_p max p, without the division.
@@ -179,7 +178,9 @@ def _draw(logits, keys, sampling, top_k):
   noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)
   choice = jnp.argmax(scores + noise, -1)
   if order is not None:
-    choice = jnp.take_along_axis(order, choice[:, None], -1)[:, 0]
+    # No gather: one would have to be told of explicit shardings.
+    place = jnp.arange(order.shape[-1], dtype=choice.dtype)
+    choice = jnp.where(choice[:, None] == place, order, 0).sum(-1)
   return choice.astype(jnp.int32)
 
 

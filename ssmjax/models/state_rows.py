@@ -1,7 +1,7 @@
 """Rows of a model's state: to drop, to copy and to reorder."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,8 @@ from ssmjax.types import Array, Int
 
 __all__ = ["take_rows"]
 
-State = TypeVar("State", ModelState, GenerationState)
 
-
-def take_rows(
+def take_rows[State: (ModelState, GenerationState)](
   state: State, rows: Int[Array, " R"] | Sequence[int] | slice
 ) -> State:
   """Take rows of the batch out of a state.

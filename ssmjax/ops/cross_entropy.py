@@ -92,7 +92,9 @@ def linear_cross_entropy(
   return _loss(
     softcap,
     *match_varying(
-      features, weight, known_ids(targets, weight.shape[0]),
+      features,
+      weight,
+      known_ids(targets, weight.shape[0]),
       weights.astype(jnp.float32),
     ),
   )
