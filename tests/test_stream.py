@@ -72,6 +72,8 @@ def test_stream_checks_when_it_is_called():
     stream(model(), PROMPT, 4, chunk=0)
   with pytest.raises(ValueError, match="stream: top_p is 2, expected above 0"):
     stream(model(), PROMPT, 4, top_p=2)
+  with pytest.raises(ValueError, match="stream: an argument is traced, exp"):
+    jax.jit(lambda prompt: next(stream(model(), prompt, 4)))(PROMPT)
 
 
 def test_text_goes_in_and_comes_out_whole_and_in_pieces():

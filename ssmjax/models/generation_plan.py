@@ -16,7 +16,7 @@ from ssmjax.models.prompts import (
   read_prompt,
   tokenizer_size,
 )
-from ssmjax.models.sampling import check_count, is_traced, make_sampling
+from ssmjax.models.sampling import check_count, is_unknown, make_sampling
 
 __all__ = ["Plan", "make_plan"]
 
@@ -90,6 +90,13 @@ def make_plan(
     # The token that waits is read with the prompt.
     room=capacity if not goes_on else capacity and capacity - 1,
   )  # fmt: skip
+  on_host = function == "stream" or read.text is not None
+  if on_host and is_unknown(model, read.tokens, state, key):
+    raise ValueError(
+      f"{function}: an argument is traced, expected arrays: tokens leave the"
+      " device as they come, and text is made on the host. Call it outside of"
+      " jax.jit, or generate tokens."
+    )
   batch = None if read.tokens is None else read.tokens.shape[0]
   _check_key(function, key, _check_rows(function, state, batch))
   needed = _needed(read, state, size)
@@ -207,7 +214,7 @@ def _check_key(function, key, rows):
 def _needed(prompt, state, size) -> int | None:
   """Most tokens that a row will have read; None where it is not known."""
   inner = state.model if isinstance(state, GenerationState) else state
-  if inner is not None and is_traced(inner.length):
+  if inner is not None and is_unknown(inner.length):
     return None
   read = np.int64(0) if inner is None else np.asarray(inner.length, np.int64)
   if isinstance(state, GenerationState):
@@ -215,7 +222,7 @@ def _needed(prompt, state, size) -> int | None:
   if prompt.tokens is not None:
     length = prompt.tokens.shape[1]
     ids = prompt.segment_ids
-    if ids is not None and not is_traced(ids):
+    if ids is not None and not is_unknown(ids):
       length = (np.asarray(ids) > 0).sum(1)
     read = read + length
   # The last new token is not read.

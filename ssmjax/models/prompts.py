@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssmjax.models.sampling import is_traced
+from ssmjax.models.sampling import is_unknown
 from ssmjax.types import Array, Int, check_segment_ids, check_shapes
 
 __all__ = [
@@ -79,7 +80,7 @@ def read_prompt(
         " padding of your own."
       )
     prompt, segment_ids = _padded(function, prompt, goes_on, room)
-  if not is_traced(prompt) and not hasattr(prompt, "sharding"):
+  if not isinstance(prompt, jax.Array):
     prompt = np.asarray(prompt)
   check_shapes(
     function,
@@ -222,10 +223,7 @@ def _padded(function, rows, goes_on, room):
 
 def _check_known(function, prompt, segment_ids, vocab_size, goes_on):
   """Raise for ids outside the vocabulary and for rows without a token."""
-  known = lambda x: (
-    not is_traced(x) and getattr(x, "is_fully_addressable", True)
-  )
-  if not known(segment_ids):
+  if is_unknown(segment_ids):
     return
   valid = np.True_
   if segment_ids is not None:
@@ -236,7 +234,7 @@ def _check_known(function, prompt, segment_ids, vocab_size, goes_on):
         f"{function}: segment_ids has no token in row {empty[0]}, expected one"
         " or more. Leave the row out."
       )
-  if not known(prompt):
+  if is_unknown(prompt):
     return
   values = np.asarray(prompt)
   wrong = valid & ((values < 0) | (values >= vocab_size))

@@ -14,7 +14,7 @@ __all__ = [
   "Sampling",
   "check_count",
   "choose_tokens",
-  "is_traced",
+  "is_unknown",
   "make_sampling",
   "row_keys",
 ]
@@ -136,9 +136,13 @@ def row_keys(key: Array | None, count: Int[Array, " B"]) -> Array | None:
   return jax.vmap(jax.random.fold_in)(key, count)
 
 
-def is_traced(*values: Any) -> bool:
-  """Whether any value is not known while a function is traced."""
-  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
+def is_unknown(*values: Any) -> bool:
+  """Whether any array cannot be looked at: traced, or on other hosts too."""
+  return any(
+    isinstance(x, jax.core.Tracer)
+    or not getattr(x, "is_fully_addressable", True)
+    for x in jax.tree.leaves(values)
+  )
 
 
 def check_count(function: str, name: str, value: Any, most: int | None) -> int:
@@ -186,7 +190,7 @@ def _draw(logits, keys, sampling, top_k):
 
 def _number(function, name, value, expected, fits):
   """A number as float32 array, checked where it is known."""
-  if value is None or is_traced(value):
+  if value is None or is_unknown(value):
     if value is None and name == "temperature":
       raise ValueError(f"{function}: {name} is None, expected {expected}.")
     return value if value is None else jnp.float32(value)

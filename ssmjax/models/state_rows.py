@@ -9,7 +9,7 @@ import numpy as np
 
 from ssmjax.models.decoding import GenerationState
 from ssmjax.models.lm import ModelState
-from ssmjax.models.sampling import is_traced
+from ssmjax.models.sampling import is_unknown
 from ssmjax.types import Array, Int
 
 __all__ = ["take_rows"]
@@ -66,7 +66,7 @@ def _row_numbers(rows: Any, batch: int) -> Any:
   expected = f"numbers of the {batch} rows, [R], or [{batch}] bool"
   if isinstance(rows, slice):
     return np.arange(batch, dtype=np.int32)[rows]
-  traced = is_traced(rows)
+  traced = is_unknown(rows)
   if not traced:
     rows = np.asarray(rows)
     if rows.dtype == np.bool and rows.shape == (batch,):
