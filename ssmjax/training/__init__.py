@@ -4,7 +4,7 @@ from ssmjax.training.checkpoints import Checkpoints, CheckpointWarning
 from ssmjax.training.config import FitConfig, FitResult, Hook
 from ssmjax.training.determinism import ensure_deterministic
 from ssmjax.training.loading import load
-from ssmjax.training.loop import NonFiniteError, fit
+from ssmjax.training.loop import fit
 from ssmjax.training.metrics import WALL_CLOCK, read_metrics
 from ssmjax.training.optimizers import (
   adamw,
@@ -12,6 +12,7 @@ from ssmjax.training.optimizers import (
   epoch_cosine,
   warmup_cosine,
 )
+from ssmjax.training.report import NonFiniteError
 from ssmjax.training.sharding import Strategy, data_mesh, parallel
 from ssmjax.training.step import (
   Loss,

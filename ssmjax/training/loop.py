@@ -1,10 +1,7 @@
 """`fit`: a run that can be killed at any moment and goes on exactly."""
 
-import collections
-import contextlib
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,11 +21,8 @@ from ssmjax.training.loading import (
   unstacked,
   with_sharding,
 )
-from ssmjax.training.metrics import MetricsLog, Progress, Sums
-
-
-class NonFiniteError(FloatingPointError):
-  """Loss or gradient was not finite; names step, batch and checkpoint."""
+from ssmjax.training.metrics import Sums
+from ssmjax.training.report import Report
 
 
 def fit(
@@ -138,12 +132,9 @@ class _Run:
     self._directory = pathlib.Path(directory).absolute()
     self._settings = settings or {}
     self._programs: dict = {}
-    self._tokens: dict = {}
-    self._pending: collections.deque = collections.deque()
     self._evaluated: list[dict] = []
     self._best: float | None = None
     self._over: str | None = None
-    self._made = 0  # tokens of all seeds since the last line
 
   def fit(self, hooks: Sequence[Hook]) -> FitResult:
     config = self._config
@@ -209,29 +200,33 @@ class _Run:
 
   def _train(self, hooks: Sequence[Hook], stop: StopRequest) -> None:
     config = self._config
-    self._log = MetricsLog(self._directory, self._step)
-    self._bar = Progress(self._step, config.steps, show=config.progress)
-    self._clock = time.monotonic()
+    self._report = Report(
+      self._directory,
+      config,
+      self._source,
+      self._checkpoints,
+      step=self._step,
+      sums=self._sums,
+    )
     if not self._folder.exact:
-      self._bar.say(
+      self._report.say(
         "This GPU run is not exact: call ssmjax.training.ensure_deterministic()"
         " before JAX starts."
       )
     if self._step:
-      self._bar.say(f"Going on after step {self._step}.")
+      self._report.say(f"Going on after step {self._step}.")
     try:
       while self._over is None:
         self._cell(stop)
         self._boundary(hooks, stop)
       self._checkpoints.wait()
       if self._over in ("minutes", "sigint", "sigterm"):
-        self._bar.say(
+        self._report.say(
           f"Stopped ({self._over}) and saved after step {self._step} of "
           f"{config.steps}. To go on, run the same command again."
         )
     finally:
-      self._bar.close()
-      self._log.close()
+      self._report.close()
 
   def _cell(self, stop: StopRequest) -> None:
     """Dispatches the steps up to the next boundary."""
@@ -250,9 +245,7 @@ class _Run:
           )
           batches = sharding.place(batches, self._mesh, self._config.strategy)
         self._state, metrics = program(self._state, batches)
-        self._pending.append((run, metrics))
-        # One dispatch stays in flight while the one before it is read.
-        self._drain(1)
+        self._report.add(run, metrics)
       if len(self._programs) > compiled:
         timing.name = "compile"
     self._step = end
@@ -262,22 +255,20 @@ class _Run:
     config = self._config
     last = self._step == config.steps
     if self._step % config.log_every == 0 or last:
-      self._pending.append(self._step)
-      self._drain(1)
+      self._report.line_due(self._step)
     save = last or self._step % config.save_every == 0
     score = None
     if self._evaluate is not None and (
       last or self._step % (config.evaluate_every or config.steps) == 0
     ):
       with stop.timed("evaluate"):
-        self._drain(0)
-        with self._clock_stopped():
+        self._report.drain()
+        with self._report.clock_stopped():
           score, improved, passed = self._evaluation()
       save |= improved
       if passed:
         self._over = "stopped early"
-        if self._sums:  # what no line has yet
-          self._write_line(self._step)
+        self._report.rest(self._step)
     for hook in hooks:
       hook(self._step, self._models)
     if last:
@@ -312,7 +303,7 @@ class _Run:
       }
       for model in self._models()
     ]
-    self._log.write(self._step, "evaluate", config.seeds, self._evaluated)
+    self._report.evaluated(self._step, self._evaluated)
     if config.best is None:
       return None, False, False
     missing = [m for m in self._evaluated if config.best not in m]
@@ -333,80 +324,18 @@ class _Run:
     return score, improved, limit is not None and all(s > limit for s in scores)
 
   def _save(self, score: float | None) -> None:
-    self._drain(0)
+    self._report.drain()
     progress = {
       "step": self._step,
-      "sums": self._sums.to_json(),
+      "sums": self._report.sums.to_json(),
       "best": self._best,
       "over": self._over,
       "evaluated": self._evaluated,
       "cursor": self._source.cursor(),
     }
-    with self._clock_stopped():
-      self._log.sync()
+    with self._report.clock_stopped():
+      self._report.sync()
       self._checkpoints.save(self._step, self._state, progress, best=score)
-
-  @contextlib.contextmanager
-  def _clock_stopped(self) -> Iterator[None]:
-    """Leaves out of a line's seconds what is no training."""
-    start = time.monotonic()
-    yield
-    self._clock += time.monotonic() - start
-
-  def _drain(self, leave: int) -> None:
-    """Reads pending metrics until `leave` dispatches are left in flight."""
-    pending = self._pending
-    in_flight = sum(isinstance(entry, tuple) for entry in pending)
-    while pending:
-      entry = pending[0]
-      if isinstance(entry, tuple):
-        if in_flight <= leave:
-          return
-        in_flight -= 1
-        run, metrics = entry
-        metrics = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
-        self._check_finite(run, metrics)
-        self._sums.add(metrics)
-        self._count(run)
-      else:
-        self._write_line(entry)
-      pending.popleft()
-
-  def _count(self, run: sources.Run) -> None:
-    if run.kind not in self._tokens:
-      self._tokens[run.kind] = self._source.tokens(run)
-    seeds = len(self._config.seeds)
-    self._made += run.steps * seeds * self._tokens[run.kind]
-
-  def _write_line(self, at: int) -> None:
-    now = time.monotonic()
-    seconds, self._clock = now - self._clock, now
-    means = self._sums.means()
-    for values in means:
-      values["seconds"] = seconds
-      values["tokens_per_second"] = self._made / seconds if seconds else 0.0
-    self._log.write(at, "train", self._config.seeds, means)
-    self._bar.update(at, means)
-    self._sums, self._made = Sums(), 0
-
-  def _check_finite(self, run: sources.Run, metrics: dict) -> None:
-    for name in ("loss", "grad_norm"):
-      bad = np.argwhere(~np.isfinite(metrics[name][..., 0]))
-      if not len(bad):
-        continue
-      offset, index = map(int, bad[0])
-      at, seed = run.first + offset, self._config.seeds[index]
-      self._checkpoints.wait()
-      latest = self._checkpoints.latest
-      back = (
-        f"checkpoint {self._checkpoints.path(latest)}"
-        if latest is not None
-        else "the start: there is no checkpoint yet"
-      )
-      raise NonFiniteError(
-        f"fit: {name} is {metrics[name][offset, index, 0]} at step {at} (seed "
-        f"{seed}, batch {self._source.name(at, seed)}); go back to {back}."
-      )
 
   def _program(self, run: sources.Run):
     found = self._programs.get((run.kind, run.steps))

@@ -1,0 +1,144 @@
+"""What a run tells: lines of metrics, a bar, and what is not finite."""
+
+import collections
+import contextlib
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from ssmjax.training import sources
+from ssmjax.training.checkpoints import Checkpoints
+from ssmjax.training.config import FitConfig
+from ssmjax.training.metrics import MetricsLog, Progress, Sums
+
+
+class NonFiniteError(FloatingPointError):
+  """Loss or gradient was not finite; names step, batch and checkpoint."""
+
+
+class Report:
+  """Reads the metrics of dispatches and makes lines of them.
+
+  One dispatch stays in flight while the one before it is read.
+
+  Attributes:
+    sums: what has been read since the last line.
+  """
+
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    config: FitConfig,
+    source: sources.StreamSource | sources.IteratorSource,
+    checkpoints: Checkpoints,
+    *,
+    step: int,
+    sums: Sums,
+  ):
+    """Opens the folder's files and cuts them back to `step`."""
+    self.sums = sums
+    self._config, self._source = config, source
+    self._checkpoints = checkpoints
+    self._log = MetricsLog(directory, step)
+    self._bar = Progress(step, config.steps, show=config.progress)
+    self._pending: collections.deque = collections.deque()
+    self._tokens: dict = {}
+    self._made = 0  # tokens of all seeds since the last line
+    self._clock = time.monotonic()
+
+  def say(self, text: str) -> None:
+    """Prints a line without breaking the bar."""
+    self._bar.say(text)
+
+  def add(self, run: sources.Run, metrics: dict) -> None:
+    """Takes a dispatch's metrics, and reads the one's before."""
+    self._pending.append((run, metrics))
+    self.drain(1)
+
+  def line_due(self, step: int) -> None:
+    """Writes a line once all dispatches up to `step` are read."""
+    self._pending.append(step)
+    self.drain(1)
+
+  def rest(self, step: int) -> None:
+    """Writes what no line has yet."""
+    if self.sums:
+      self._write_line(step)
+
+  def evaluated(self, step: int, metrics: list[dict]) -> None:
+    """Writes an evaluation, which has each seed's metrics."""
+    self._log.write(step, "evaluate", self._config.seeds, metrics)
+
+  def sync(self) -> None:
+    """Returns when all lines are on disk."""
+    self._log.sync()
+
+  def close(self) -> None:
+    """Closes the bar and the files."""
+    self._bar.close()
+    self._log.close()
+
+  @contextlib.contextmanager
+  def clock_stopped(self) -> Iterator[None]:
+    """Leaves out of a line's seconds what is no training."""
+    start = time.monotonic()
+    yield
+    self._clock += time.monotonic() - start
+
+  def drain(self, leave: int = 0) -> None:
+    """Reads pending metrics until `leave` dispatches are left in flight."""
+    pending = self._pending
+    in_flight = sum(isinstance(entry, tuple) for entry in pending)
+    while pending:
+      entry = pending[0]
+      if isinstance(entry, tuple):
+        if in_flight <= leave:
+          return
+        in_flight -= 1
+        run, metrics = entry
+        metrics = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
+        self._check_finite(run, metrics)
+        self.sums.add(metrics)
+        self._count(run)
+      else:
+        self._write_line(entry)
+      pending.popleft()
+
+  def _count(self, run: sources.Run) -> None:
+    if run.kind not in self._tokens:
+      self._tokens[run.kind] = self._source.tokens(run)
+    seeds = len(self._config.seeds)
+    self._made += run.steps * seeds * self._tokens[run.kind]
+
+  def _write_line(self, at: int) -> None:
+    now = time.monotonic()
+    seconds, self._clock = now - self._clock, now
+    means = self.sums.means()
+    for values in means:
+      values["seconds"] = seconds
+      values["tokens_per_second"] = self._made / seconds if seconds else 0.0
+    self._log.write(at, "train", self._config.seeds, means)
+    self._bar.update(at, means)
+    self.sums, self._made = Sums(), 0
+
+  def _check_finite(self, run: sources.Run, metrics: dict) -> None:
+    for name in ("loss", "grad_norm"):
+      bad = np.argwhere(~np.isfinite(metrics[name][..., 0]))
+      if not len(bad):
+        continue
+      offset, index = map(int, bad[0])
+      at, seed = run.first + offset, self._config.seeds[index]
+      self._checkpoints.wait()
+      latest = self._checkpoints.latest
+      back = (
+        f"checkpoint {self._checkpoints.path(latest)}"
+        if latest is not None
+        else "the start: there is no checkpoint yet"
+      )
+      raise NonFiniteError(
+        f"fit: {name} is {metrics[name][offset, index, 0]} at step {at} (seed "
+        f"{seed}, batch {self._source.name(at, seed)}); go back to {back}."
+      )
