@@ -311,6 +311,21 @@ def test_epoch_cosine_is_the_papers():
   assert_close(found.sum() / 10 * 0.1, 0.1 * 0.5e-3 * 65, "float32")
 
 
+def test_schedules_hold_their_last_value():
+  cosine = epoch_cosine(1.0, epochs=4, steps_per_epoch=3)
+  assert cosine(12) == cosine(50) == cosine(11)
+  assert_close(cosine(jnp.arange(12)), np.asarray([*map(cosine, range(12))]))
+  warm = warmup_cosine(1.0, steps=12, warmup=2, end=0.1)
+  assert warm(12) == warm(13) == warm(50)
+
+
+def test_epochs_of_no_steps_are_refused():
+  with pytest.raises(ValueError, match="epoch_cosine: epochs is 0"):
+    epoch_cosine(1.0, epochs=0, steps_per_epoch=3)
+  with pytest.raises(ValueError, match="steps_per_epoch is 0"):
+    epoch_cosine(1.0, epochs=3, steps_per_epoch=0)
+
+
 def test_warmup_cosine_rises_falls_and_ends():
   schedule = warmup_cosine(1e-3, steps=100, warmup=10, end=1e-5)
   values = np.asarray([schedule(step) for step in range(101)])

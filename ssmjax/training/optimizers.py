@@ -89,14 +89,28 @@ def epoch_cosine(
       lr_e = lr·(1 + cos(π·e / epochs)) / 2,   e = ⌊step / steps_per_epoch⌋
 
   The rate is constant within an epoch and never zero: the last epoch has
-  e = epochs − 1. This is the paper's schedule for associative recall.
+  e = epochs − 1, and steps after it keep its rate. This is the paper's schedule
+  for associative recall.
+
+  Args:
+    learning_rate: the first epoch's rate.
+    epochs: how many, at least 1.
+    steps_per_epoch: at least 1.
+
+  Raises:
+    ValueError: one of the numbers is below 1.
 
   >>> round(float(epoch_cosine(1.0, epochs=4, steps_per_epoch=10)(29)), 4)
   0.5
   """
 
+  for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+    if value < 1:
+      raise ValueError(f"epoch_cosine: {name} is {value}, expected at least 1.")
+
   def schedule(step):
-    epoch = step // steps_per_epoch
+    # Beyond the last epoch the cosine would rise again.
+    epoch = jnp.minimum(step // steps_per_epoch, epochs - 1)
     return learning_rate * 0.5 * (1.0 + jnp.cos(math.pi * epoch / epochs))
 
   return schedule
