@@ -14,13 +14,16 @@ from importlib import metadata
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy_run
+from flax import nnx
 
 from ssmjax.training import (
   CheckpointWarning,
   FitConfig,
   NonFiniteError,
+  data_mesh,
   fit,
   load,
   read_metrics,
@@ -298,6 +301,33 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
   assert (tmp_path / "checkpoints" / "manifest-40.json").exists()
 
 
+@pytest.mark.parametrize(
+  ("weight", "error", "match"),
+  [
+    (np.nan, NonFiniteError, "total weight is nan at step 7 .*the start"),
+    (np.inf, NonFiniteError, "total weight is inf at step 7"),
+    (-2.0, ValueError, r"total weight is -2.0 at step 7 .*16, 7, .* least 0"),
+  ],
+)
+def test_weight_that_cannot_be_stops_the_run(tmp_path, weight, error, match):
+  with pytest.raises(error, match=match):
+    short_run(tmp_path, weight_at(7, weight))
+
+
+def test_step_of_weight_zero_is_none(tmp_path):
+  result = short_run(tmp_path, weight_at(7, 0.0))
+  assert result.finished
+  lines = [m["loss"] for m in read_metrics(tmp_path) if m["event"] == "train"]
+  assert lines[7] is None
+  assert None not in lines[:7] + lines[8:]
+
+
+@pytest.mark.parametrize("name", ["step", "event", "seed", "seconds"])
+def test_evaluated_metric_with_a_taken_name_is_refused(tmp_path, name):
+  with pytest.raises(ValueError, match=f"evaluate returns .* named '{name}'"):
+    short_run(tmp_path, evaluate=lambda model, step: {name: 7.0})
+
+
 def test_run_stops_early_above_the_threshold_and_keeps_the_best(tmp_path):
   scores = {30: 0.5, 60: 0.8, 90: 0.7, 120: 0.995}
 
@@ -489,6 +519,51 @@ def kill_when(command, target, delay):
     process.wait()
     assert process.returncode == -signal.SIGKILL
   return step
+
+
+class Line(nnx.Module):
+  """A model that compiles at once."""
+
+  def __init__(self, seed):
+    self.slope = nnx.Param(jnp.full(4, 1.0 + seed))
+
+
+def weight_at(at, weight):
+  """A loss of `Line` whose total weight at one step is another."""
+
+  def loss(model, batch, key):
+    step = batch["step"][0]
+    total = (model.slope[...] ** 2).sum()
+    return total, jnp.where(step == at, weight, 4.0), {}
+
+  return loss
+
+
+class Steps:
+  """Batches that say which step it is."""
+
+  def kind(self, step):
+    return 16
+
+  def batch(self, kind, step, seed):
+    return {"step": jnp.full(kind, step)}
+
+
+def short_run(folder, loss=None, rate=0.1, **options):
+  """Ten steps of `Line` on one device."""
+  evaluate = options.pop("evaluate", None)
+  extra = {k: options.pop(k) for k in ("on_metrics",) if k in options}
+  return fit(
+    Line,
+    loss or weight_at(-1, 4.0),
+    options.pop("optimizer", None) or optax.sgd(rate),
+    options.pop("data", Steps()),
+    FitConfig(**{"steps": 10, "log_every": 1} | {"progress": False} | options),
+    folder,
+    evaluate=evaluate,
+    mesh=data_mesh(jax.devices()[:1]),
+    **extra,
+  )
 
 
 def one_size():

@@ -103,6 +103,17 @@ def test_weight_zero_gives_gradient_zero():
   assert metrics["loss"][1] == 0
 
 
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf, -np.inf])
+def test_weight_that_cannot_be_gives_no_gradient_of_zero(weight):
+  graphdef, params = split()
+
+  def loss(model, batch, key):
+    return model.scale[...].sum(), weight, {}
+
+  found, _ = gradient(loss, graphdef, params, {}, jax.random.key(0))
+  assert all(np.isnan(x).all() for x in jax.tree.leaves(found))
+
+
 def test_step_descends_in_complex_parameters():
   class Pole(nnx.Module):
     def __init__(self):
@@ -243,11 +254,16 @@ def test_model_of_other_things_than_wide_parameters_is_refused(variable, match):
     init_state(lambda seed: Odd(), OPTIMIZER, (0,))
 
 
-def test_metric_with_a_taken_name_is_refused():
+@pytest.mark.parametrize(
+  "name",
+  ["loss", "grad_norm", "step", "event", "seed", "seconds"]
+  + ["tokens_per_second"],
+)
+def test_metric_with_a_taken_name_is_refused(name):
   graphdef, params = split()
-  with pytest.raises(ValueError, match="named 'loss'"):
+  with pytest.raises(ValueError, match=f"named '{name}', which is taken"):
     gradient(
-      lambda model, batch, key: (model.scale[...].sum(), 1.0, {"loss": 1.0}),
+      lambda model, batch, key: (model.scale[...].sum(), 1.0, {name: 1.0}),
       graphdef,
       params,
       {},

@@ -21,7 +21,7 @@ from ssmjax.training.loading import (
   unstacked,
   with_sharding,
 )
-from ssmjax.training.metrics import Sums
+from ssmjax.training.metrics import Sums, check_names
 from ssmjax.training.report import Report
 
 
@@ -70,9 +70,11 @@ def fit(
     A `FitResult`. If the folder's run is over, at once.
 
   Raises:
-    ValueError: the folder belongs to another configuration, or a batch does
-      not divide among devices and microbatches.
-    NonFiniteError: loss or gradient is not finite.
+    ValueError: the folder belongs to another configuration, a batch does not
+      divide among devices and microbatches, a metric has the name of a field
+      that every line has, or the loss's total weight is below 0. (A step whose
+      total weight is 0 has a gradient of 0.)
+    NonFiniteError: loss, its total weight or gradient is not finite.
 
   Example, a regression by least squares on four numbers::
 
@@ -296,13 +298,11 @@ class _Run:
     """Evaluates all seeds: (score, is it the best, may we stop)."""
     config = self._config
     assert self._evaluate is not None
-    self._evaluated = [
-      {
-        name: float(value)
-        for name, value in self._evaluate(model, self._step).items()
-      }
-      for model in self._models()
-    ]
+    self._evaluated = []
+    for model in self._models():
+      found = self._evaluate(model, self._step)
+      check_names("evaluate", found)
+      self._evaluated.append({n: float(value) for n, value in found.items()})
     self._report.evaluated(self._step, self._evaluated)
     if config.best is None:
       return None, False, False

@@ -18,6 +18,27 @@ from ssmjax.training import files
 # any other's with a new program, hold its compilation), and all seeds' tokens
 # in them.
 WALL_CLOCK = ("seconds", "tokens_per_second")
+# What a line has of its own beside metrics.
+_FIELDS = ("step", "event", "seed", *WALL_CLOCK)
+
+
+def check_names(
+  source: str, names: Iterable[str], taken: Iterable[str] = ()
+) -> None:
+  """Raises if a metric would overwrite a field that a line has of its own.
+
+  Args:
+    source: what gives the metrics: "the loss".
+    names: the metrics' names.
+    taken: further names that are in use.
+  """
+  fields = (*taken, *_FIELDS)
+  for name in sorted(set(fields).intersection(names)):
+    raise ValueError(
+      f"fit: {source} returns a metric named {name!r}, which is taken; a line "
+      f"of metrics has the fields {', '.join(fields)} of its own. Give the "
+      "metric another name."
+    )
 
 
 class Sums:

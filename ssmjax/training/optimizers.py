@@ -103,7 +103,6 @@ def epoch_cosine(
   >>> round(float(epoch_cosine(1.0, epochs=4, steps_per_epoch=10)(29)), 4)
   0.5
   """
-
   for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
     if value < 1:
       raise ValueError(f"epoch_cosine: {name} is {value}, expected at least 1.")

@@ -16,7 +16,7 @@ from ssmjax.training.metrics import MetricsLog, Progress, Sums
 
 
 class NonFiniteError(FloatingPointError):
-  """Loss or gradient was not finite; names step, batch and checkpoint."""
+  """Loss, weight or gradient not finite; names step, batch, checkpoint."""
 
 
 class Report:
@@ -125,12 +125,30 @@ class Report:
     self.sums, self._made = Sums(), 0
 
   def _check_finite(self, run: sources.Run, metrics: dict) -> None:
-    for name in ("loss", "grad_norm"):
-      bad = np.argwhere(~np.isfinite(metrics[name][..., 0]))
+    """Raises for the first step whose gradient means nothing."""
+    total, weight = np.moveaxis(metrics["loss"], -1, 0)
+    # The gradient comes last: it is NaN too where one of the others is.
+    for name, values, negative in (
+      ("loss", total, False),
+      ("the loss's total weight", weight, weight < 0),
+      ("grad_norm", metrics["grad_norm"][..., 0], False),
+    ):
+      bad = np.argwhere(~np.isfinite(values) | negative)
       if not len(bad):
         continue
       offset, index = map(int, bad[0])
+      value = values[offset, index]
       at, seed = run.first + offset, self._config.seeds[index]
+      text = (
+        f"fit: {name} is {value} at step {at} (seed {seed}, batch "
+        f"{self._source.name(at, seed)}); "
+      )
+      if value < 0:
+        raise ValueError(
+          text
+          + f"expected at least 0 (loss: {total[offset, index]}). Have the "
+          "loss return a sum and the sum of its weights, none below 0."
+        )
       self._checkpoints.wait()
       latest = self._checkpoints.latest
       back = (
@@ -138,7 +156,4 @@ class Report:
         if latest is not None
         else "the start: there is no checkpoint yet"
       )
-      raise NonFiniteError(
-        f"fit: {name} is {metrics[name][offset, index, 0]} at step {at} (seed "
-        f"{seed}, batch {self._source.name(at, seed)}); go back to {back}."
-      )
+      raise NonFiniteError(text + f"go back to {back}.")

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from ssmjax.training import sharding
+from ssmjax.training.metrics import check_names
 
 Batch = dict[str, Any]
 Loss = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array, dict]]
@@ -77,7 +78,12 @@ def gradient(
   Returns:
     The gradient (for complex parameters its conjugate, the direction of
     ascent) and `metrics`: arrays `[2]` of (sum, weight), with "loss" and
-    "grad_norm" added. A global weight of 0 gives a gradient of 0.
+    "grad_norm" added. A global weight of 0 gives a gradient of 0, and one that
+    is below 0 or not finite a gradient of NaN.
+
+  Raises:
+    ValueError: a metric has the name of one that is added, or of a field that
+      every line of metrics has.
   """
   if axis is not None:
     key = jax.random.fold_in(key, jax.lax.axis_index(axis))
@@ -114,7 +120,9 @@ def gradient(
   if axis is not None:
     total = jax.lax.psum(total, axis)
   grads, weight, metrics = total
-  divisor = jnp.where(weight > 0, weight, jnp.inf)
+  # Weight 0 is nothing to learn from; below 0 or not finite is a mistake.
+  divisor = jnp.where(weight == 0, jnp.inf, jnp.nan)
+  divisor = jnp.where((weight > 0) & (weight < jnp.inf), weight, divisor)
   grads = jax.tree.map(lambda g: jnp.conj(g) / divisor.astype(g.dtype), grads)
   norm = optax.tree.norm(grads)
   metrics["grad_norm"] = jnp.stack([norm, jnp.ones_like(norm)])
@@ -237,11 +245,7 @@ def _over_one(update):
 
 def _pairs(total, weight, metrics: dict) -> dict[str, jax.Array]:
   """Metrics as arrays [2] of (sum, weight)."""
-  taken = {"loss", "grad_norm"} & metrics.keys()
-  if taken:
-    raise ValueError(
-      f"fit: the loss returns a metric named {taken.pop()!r}, which is taken."
-    )
+  check_names("the loss", metrics, taken=("loss", "grad_norm"))
   pairs = {"loss": (total, weight)}
   for name, value in metrics.items():
     pairs[name] = value if isinstance(value, tuple) else (value, weight)
