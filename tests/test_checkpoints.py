@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import resource
 import shutil
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from ssmjax.training import Checkpoints, CheckpointWarning, data_mesh
+from ssmjax.training import (
+  Checkpoints,
+  CheckpointWarning,
+  SaveError,
+  data_mesh,
+)
 from ssmjax.training.checkpoints import load_params
 from ssmjax.training.files import differing_fields, write_atomically
 
@@ -221,6 +228,48 @@ def test_failed_save_is_reported(tmp_path, monkeypatch):
   assert checkpoints.latest is None
 
 
+# Of tensorstore, where one of orbax's threads has failed and ended.
+@pytest.mark.filterwarnings(
+  "ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning"
+)
+def test_full_disk_is_one_error_that_leaves_the_last_checkpoint(
+  tmp_path, caplog
+):
+  checkpoints = Checkpoints(tmp_path, config=CONFIG)
+  checkpoints.save(1, state_of(1), {"step": 1})
+  checkpoints.wait()
+  state = state_of(2)
+  with full_disk():
+    checkpoints.save(2, state, {"step": 2})
+    with pytest.raises(SaveError) as error:
+      checkpoints.wait()
+  checkpoints.check()  # told once
+  checkpoints.close()
+  for part in (
+    f"checkpoint of step 2 in {tmp_path} could not be written: File too large",
+    *("needs about 0.1 kB; ", "B are free there"),
+    f"Checkpoint {tmp_path}/checkpoints/1 is whole: the same command goes on",
+  ):
+    assert part in str(error.value)
+  assert len(traceback.format_exception(error.value)) < 10
+  assert not caplog.records
+  # Nothing is left of the half, and no warning tells of it.
+  assert [p.name for p in (tmp_path / "checkpoints").glob("2*")] == []
+  with opened(tmp_path) as checkpoints:
+    found, progress = checkpoints.restore(abstract(state))
+  assert_same(found, state_of(1))
+  assert progress == {"step": 1}
+
+
+def test_small_file_on_a_full_disk_stays_the_old_one(tmp_path):
+  path = tmp_path / "config.json"
+  write_atomically(path, b"old")
+  with full_disk(), pytest.raises(SaveError, match=r"config.json could not be"):
+    write_atomically(path, b"new" * 100)
+  assert path.read_bytes() == b"old"
+  assert list(tmp_path.iterdir()) == [path]
+
+
 def test_small_files_are_the_old_or_the_new_one(tmp_path, monkeypatch):
   path = tmp_path / "config.json"
   write_atomically(path, b"old")
@@ -235,6 +284,17 @@ def test_equal_configurations_do_not_differ():
   assert differing_fields({"a": [1, 2]}, {"a": [1, 3]}) == [
     "a: found [1, 2], expected [1, 3]"
   ]
+
+
+@contextlib.contextmanager
+def full_disk(size=100):
+  """No file can be longer than `size` bytes: a full disk to those who write."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def opened(folder, **options):

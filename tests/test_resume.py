@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from ssmjax.training import (
   CheckpointWarning,
   FitConfig,
   NonFiniteError,
+  SaveError,
   data_mesh,
   fit,
   load,
@@ -328,6 +330,42 @@ def test_evaluated_metric_with_a_taken_name_is_refused(tmp_path, name):
     short_run(tmp_path, evaluate=lambda model, step: {name: 7.0})
 
 
+# Of tensorstore, where one of orbax's threads has failed and ended.
+@pytest.mark.filterwarnings(
+  "ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning"
+)
+@pytest.mark.parametrize(
+  ("fields", "match"),
+  [
+    ({"log_every": 10, "save_every": 3}, "step 6 in .*checkpoints/3 is whole"),
+    (
+      {"save_every": 100},
+      r"metrics of step [56] could not .*metrics\.jsonl: File",
+    ),
+  ],
+)
+def test_full_disk_ends_a_run_that_goes_on_with_space(tmp_path, fields, match):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def fill(step, models):
+    if step == 5:
+      while fields["save_every"] == 3 and not saved.exists():
+        time.sleep(0.01)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+
+  folder = tmp_path / "run"
+  saved = folder / "checkpoints" / "manifest-3.json"
+  try:
+    with pytest.raises(SaveError, match=match) as error:
+      short_run(folder, hooks=[fill], **fields)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert str(folder) in str(error.value)
+  result = short_run(folder, **fields)
+  whole = tmp_path / "whole"
+  assert_same_end((folder, result), (whole, short_run(whole, **fields)))
+
+
 def test_run_stops_early_above_the_threshold_and_keeps_the_best(tmp_path):
   scores = {30: 0.5, 60: 0.8, 90: 0.7, 120: 0.995}
 
@@ -552,7 +590,7 @@ class Steps:
 def short_run(folder, loss=None, rate=0.1, **options):
   """Ten steps of `Line` on one device."""
   evaluate = options.pop("evaluate", None)
-  extra = {k: options.pop(k) for k in ("on_metrics",) if k in options}
+  extra = {k: options.pop(k) for k in ("hooks", "on_metrics") if k in options}
   return fit(
     Line,
     loss or weight_at(-1, 4.0),

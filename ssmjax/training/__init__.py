@@ -3,6 +3,7 @@
 from ssmjax.training.checkpoints import Checkpoints, CheckpointWarning
 from ssmjax.training.config import FitConfig, FitResult, Hook
 from ssmjax.training.determinism import ensure_deterministic
+from ssmjax.training.files import SaveError
 from ssmjax.training.loading import load
 from ssmjax.training.loop import fit
 from ssmjax.training.metrics import WALL_CLOCK, read_metrics
@@ -32,6 +33,7 @@ __all__ = [
   "Hook",
   "Loss",
   "NonFiniteError",
+  "SaveError",
   "Strategy",
   "Stream",
   "TrainState",

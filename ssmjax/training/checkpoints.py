@@ -13,6 +13,7 @@ manifest does.
 
 import hashlib
 import json
+import logging
 import math
 import pathlib
 import shutil
@@ -82,6 +83,7 @@ class Checkpoints:
     self.save_seconds = 0.0  # the longest save so far, for planning a stop
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
+    self._failed = False  # orbax tells a failed save once more when it closes
     if self.latest is not None:
       self._check_config(self.latest)
     score = lambda metrics: metrics["score"]
@@ -109,21 +111,30 @@ class Checkpoints:
       state: a pytree of arrays.
       progress: JSON-able, everything else that the run needs to go on.
       best: the metric by which the best checkpoint is kept, if known.
+
+    Raises:
+      SaveError: the disk is full, or this or the save before failed for another
+        reason; also raised by `wait`, `check` and `close`.
     """
     self.wait()
     start = time.monotonic()
     if best is not None and math.isnan(best):
       best = None
     score = float("-inf") if best is None else self._sign * best
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state),
-        progress=ocp.args.JsonSave(progress),
-      ),
-      metrics={"score": score},
-      force=True,
-    )
+    self._size = sum(x.nbytes for x in jax.tree.leaves(state))
+    _ORBAX_ERRORS.hide()
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(state),
+          progress=ocp.args.JsonSave(progress),
+        ),
+        metrics={"score": score},
+        force=True,
+      )
+    except Exception as error:
+      raise self._failure(step, error) from None
     self._thread = threading.Thread(
       target=self._finish, args=(step, best, start), name="ssmjax_manifest"
     )
@@ -152,12 +163,23 @@ class Checkpoints:
       error, self._error = self._error, None
       raise error
 
+  def check(self) -> None:
+    """Raises if the save in progress has failed already."""
+    if self._error is not None:
+      self.wait()
+
   def close(self) -> None:
     """Waits for the save in progress and releases orbax."""
     try:
       self.wait()
     finally:
-      self._manager.close()
+      try:
+        self._manager.close()
+      except Exception:
+        if not self._failed:
+          raise
+      if self._failed:  # its threads may have written on until now
+        self._remove_unfinished()
 
   def path(self, step: int) -> pathlib.Path:
     """Gives the folder of a step's checkpoint."""
@@ -178,8 +200,40 @@ class Checkpoints:
         self._clear_manifests()
       self.latest = step
       self.save_seconds = max(self.save_seconds, time.monotonic() - start)
-    except BaseException as error:  # handed to the caller by wait()
+    except Exception as error:  # handed to the caller by wait()
+      self._error = self._failure(step, error)
+    except BaseException as error:
       self._error = error
+
+  def _failure(self, step: int, error: Exception) -> files.SaveError:
+    """Removes what a failed save has left and makes its one error."""
+    self._failed = True
+    self._remove_unfinished()
+    back = "There is no checkpoint before it: the run begins anew."
+    if self.latest is not None:
+      back = (
+        f"Checkpoint {self.path(self.latest)} is whole: the same command goes "
+        "on from there."
+      )
+    return files.save_error(
+      f"fit: the checkpoint of step {step} in {self._directory} could not be "
+      "written",
+      self._root,
+      error,
+      f"{back} Free some space first; a smaller FitConfig.keep takes less.",
+      size=self._size,
+    )
+
+  def _remove_unfinished(self) -> None:
+    """Removes what a failed save left, for it takes space and is no use."""
+    if jax.process_index() != 0:
+      return
+    for path in self._root.iterdir():
+      step, _, suffix = path.name.partition(".")
+      if not step.isdigit() or not path.is_dir():
+        continue
+      if suffix or not _manifest(self._root, int(step)).exists():
+        shutil.rmtree(path, ignore_errors=True)
 
   def _clear(self) -> None:
     """Removes or moves aside all checkpoints that are not whole."""
@@ -221,6 +275,21 @@ class Checkpoints:
   def _check_config(self, step: int) -> None:
     found = read_manifest(self._root, step)["config"]
     refuse_other(self.path(step), found, self._config)
+
+
+class _OrbaxErrors(logging.Filter):
+  """Hides what orbax's threads log of an error that reaches the caller."""
+
+  def hide(self) -> None:
+    """From now on, in orbax's logger, which is absl's."""
+    logging.getLogger("absl").addFilter(self)  # a second time does nothing
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    """Lets all pass but errors that orbax has logged while it saved."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
+_ORBAX_ERRORS = _OrbaxErrors()
 
 
 def refuse_foreign(directory: pathlib.Path) -> None:

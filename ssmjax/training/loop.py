@@ -74,6 +74,8 @@ def fit(
       divide among devices and microbatches, a metric has the name of a field
       that every line has, or the loss's total weight is below 0. (A step whose
       total weight is 0 has a gradient of 0.)
+    SaveError: the disk is full, or writing failed for another reason. What had
+      been written is whole, and the same call goes on from there.
     NonFiniteError: loss, its total weight or gradient is not finite.
 
   Example, a regression by least squares on four numbers::
@@ -254,6 +256,7 @@ class _Run:
 
   def _boundary(self, hooks: Sequence[Hook], stop: StopRequest) -> None:
     """Does what is due after `self._step` steps."""
+    self._checkpoints.check()
     config = self._config
     last = self._step == config.steps
     if self._step % config.log_every == 0 or last:

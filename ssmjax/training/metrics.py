@@ -1,11 +1,12 @@
 """Metrics: sums into means, JSON lines, TensorBoard events, a progress bar."""
 
+import contextlib
 import json
 import os
 import pathlib
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -83,9 +84,10 @@ class MetricsLog:
   def __init__(self, directory: pathlib.Path, step: int):
     """Opens the folder's files and cuts them back to `step`."""
     self._writes = jax.process_index() == 0
+    self._broken = False
     if not self._writes:
       return
-    path = directory / "metrics.jsonl"
+    self._path = path = directory / "metrics.jsonl"
     kept = [line for line in _lines(path) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     files.write_atomically(path, text.encode())
@@ -99,30 +101,50 @@ class MetricsLog:
     if not self._writes:
       return
     several = len(metrics) > 1
-    for seed, values in zip(seeds, metrics, strict=True):
-      line = {"step": step, "event": event, "seed": seed}
-      line |= {name: _finite(value) for name, value in values.items()}
-      self._file.write(json.dumps(line) + "\n")
-      if self._events is not None:
-        prefix = f"{event}/seed_{seed}/" if several else f"{event}/"
-        for name, value in values.items():
-          self._events.add_scalar(prefix + name, value, step)
-    self._file.flush()
+    with self._writing(f"the metrics of step {step}"):
+      for seed, values in zip(seeds, metrics, strict=True):
+        line = {"step": step, "event": event, "seed": seed}
+        line |= {name: _finite(value) for name, value in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        if self._events is not None:
+          prefix = f"{event}/seed_{seed}/" if several else f"{event}/"
+          for name, value in values.items():
+            self._events.add_scalar(prefix + name, value, step)
+      self._file.flush()
 
   def sync(self) -> None:
     """Returns when all lines are on disk: before a checkpoint counts."""
     if self._writes:
-      self._file.flush()
-      os.fsync(self._file.fileno())
-      if self._events is not None:
-        self._events.flush()
+      with self._writing("metrics"):
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._events is not None:
+          self._events.flush()
 
   def close(self) -> None:
     """Closes the files."""
     if self._writes:
-      self._file.close()
-      if self._events is not None:
-        self._events.close()
+      with self._writing("metrics"):
+        self._file.close()
+        if self._events is not None:
+          self._events.close()
+
+  @contextlib.contextmanager
+  def _writing(self, what: str) -> Iterator[None]:
+    """Makes one error of the first write that fails, and none of the others."""
+    try:
+      yield
+    except OSError as error:
+      if self._broken:
+        return
+      self._broken = True
+      raise files.save_error(
+        f"fit: {what} could not be written to {self._path}",
+        self._path.parent,
+        error,
+        "Free some space and run the same command again: it goes on from the "
+        "latest checkpoint, if there is one.",
+      ) from error.__cause__
 
 
 def read_metrics(
