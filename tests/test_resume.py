@@ -220,6 +220,78 @@ def test_other_configuration_is_refused_with_its_fields(unbroken):
   assert "settings.width: found nothing, expected 8" in str(error.value)
 
 
+def test_run_goes_on_to_more_steps_and_with_other_intervals(tmp_path):
+  fields = {"evaluate": lambda model, step: {"slope": float(step)}}
+  folder = tmp_path / "run"
+  first = short_run(
+    folder, steps=4, log_every=2, evaluate_every=2, save_every=2, **fields
+  )
+  assert first.finished
+  result = short_run(
+    folder, steps=10, log_every=1, evaluate_every=5, save_every=3, **fields
+  )
+  assert (result.step, result.finished) == (10, True)
+  whole = short_run(tmp_path / "whole", **fields)
+  assert_same_leaves(result.state, whole.state)
+  lines = [
+    *[(n, "train") for n in (2, 4, 5, 6, 7, 8, 9, 10)],
+    *[(n, "evaluate") for n in (2, 4, 5, 10)],
+  ]
+  found = [(m["step"], m["event"]) for m in read_metrics(folder)]
+  assert sorted(found) == sorted(lines)
+  losses = {m["step"]: m.get("loss") for m in read_metrics(folder)}
+  for line in read_metrics(tmp_path / "whole"):
+    if line["event"] == "train" and 4 < line["step"] < 10:
+      assert losses[line["step"]] in (line["loss"], None)
+  config = json.loads((folder / "config.json").read_text())["config"]["fit"]
+  assert (config["steps"], config["save_every"]) == (10, 3)
+  assert short_run(folder, **fields).metrics == result.metrics  # at once
+  with pytest.raises(
+    ValueError, match=r"steps is 9, and the run in .* done 10"
+  ):
+    short_run(folder, steps=9, **fields)
+
+
+def test_run_that_was_stopped_is_not_finished_by_fewer_steps(tmp_path):
+  stopped = short_run(tmp_path, hooks=[terminate_at(6)])
+  assert stopped.reason == "sigterm"
+  with pytest.raises(ValueError, match=r"has done 6 steps\. Ask for more"):
+    short_run(tmp_path, steps=6)
+  assert short_run(tmp_path, steps=7).step == 7
+
+
+def test_other_optimizer_is_named_as_the_cause(tmp_path):
+  short_run(tmp_path, hooks=[terminate_at(6)])
+  with pytest.raises(ValueError, match="The optimizer is another one") as error:
+    short_run(tmp_path, optimizer=optax.adam(0.1))
+  line = "opt_state.0.mu.slope: found nothing, expected float32 [1, 4]"
+  assert line in str(error.value)
+  assert "orbax" not in str(error.value)
+
+
+def test_other_kind_of_random_numbers_is_named_as_the_cause(tmp_path):
+  short_run(tmp_path, hooks=[terminate_at(6)])
+  with (
+    jax.default_prng_impl("rbg"),
+    pytest.raises(ValueError, match="jax_default_prng_impl") as error,
+  ):
+    short_run(tmp_path)
+  assert "key: found uint32 [1, 2], expected uint32 [1, 4]" in str(error.value)
+
+
+def test_other_model_is_named_as_the_cause_by_load(tmp_path):
+  short_run(tmp_path)
+  for init, line in (
+    (toy_run.init, "params.A_log: found nothing, expected float32 [1, 8, 2]"),
+    (Square, "params.slope: found float32 [1, 4], expected float32 [1, 2, 2]"),
+  ):
+    with pytest.raises(ValueError, match="The model is another one") as error:
+      load(tmp_path, init)
+    assert line in str(error.value)
+  with pytest.raises(ValueError, match="The model is another one"):
+    short_run(tmp_path, init=Square, steps=12)  # as many parameters
+
+
 def test_other_devices_or_versions_are_warned_of(tmp_path):
   with pytest.raises(Crash):
     toy_run.run(tmp_path, data=one_size(), hooks=[crash_at(5)])
@@ -242,7 +314,7 @@ def test_library_that_is_not_installed_can_train(monkeypatch):
 
   monkeypatch.setattr(metadata, "version", missing)
   folder = RunFolder(pathlib.Path("run"), {}, toy_run.two_devices())
-  versions = folder._environment["versions"]
+  versions = folder.environment["versions"]
   assert set(versions.values()) == {"not installed"}
 
 
@@ -566,6 +638,13 @@ class Line(nnx.Module):
     self.slope = nnx.Param(jnp.full(4, 1.0 + seed))
 
 
+class Square(Line):
+  """As many parameters in another shape."""
+
+  def __init__(self, seed):
+    self.slope = nnx.Param(jnp.ones((2, 2)))
+
+
 def weight_at(at, weight):
   """A loss of `Line` whose total weight at one step is another."""
 
@@ -592,7 +671,7 @@ def short_run(folder, loss=None, rate=0.1, **options):
   evaluate = options.pop("evaluate", None)
   extra = {k: options.pop(k) for k in ("hooks", "on_metrics") if k in options}
   return fit(
-    Line,
+    options.pop("init", Line),
     loss or weight_at(-1, 4.0),
     options.pop("optimizer", None) or optax.sgd(rate),
     options.pop("data", Steps()),

@@ -23,6 +23,7 @@ import warnings
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
@@ -49,6 +50,7 @@ class Checkpoints:
     config: dict,
     keep: int = 2,
     best_mode: Literal["max", "min"] = "max",
+    may_change: tuple[str, ...] = (),
   ):
     """Opens or creates `<directory>/checkpoints`.
 
@@ -58,6 +60,7 @@ class Checkpoints:
       keep: how many of the latest to keep, at least 2: while one is being
         written, and if one is corrupt, there must be another.
       best_mode: whether a greater or a smaller value is better.
+      may_change: fields of `config` that are not compared, as "fit.steps".
 
     Raises:
       ValueError: `keep` is below 2, or the folder holds checkpoints that
@@ -74,6 +77,7 @@ class Checkpoints:
     refuse_foreign(self._directory)
     self._root.mkdir(parents=True, exist_ok=True)
     self._config = json.loads(json.dumps(config))
+    self._may_change = may_change
     self._sign = 1.0 if best_mode == "max" else -1.0
     if jax.process_index() == 0:
       self._clear()
@@ -145,7 +149,13 @@ class Checkpoints:
 
     Args:
       abstract: the state's `jax.ShapeDtypeStruct`s with their shardings.
+
+    Raises:
+      ValueError: the checkpoint has other arrays; they are named, and what may
+        have made them.
     """
+    assert self.latest is not None
+    _check_arrays("fit", self.path(self.latest), abstract)
     restored = self._manager.restore(
       self.latest,
       args=ocp.args.Composite(
@@ -274,7 +284,7 @@ class Checkpoints:
 
   def _check_config(self, step: int) -> None:
     found = read_manifest(self._root, step)["config"]
-    refuse_other(self.path(step), found, self._config)
+    refuse_other(self.path(step), found, self._config, self._may_change)
 
 
 class _OrbaxErrors(logging.Filter):
@@ -311,9 +321,15 @@ def refuse_foreign(directory: pathlib.Path) -> None:
     )
 
 
-def refuse_other(path: Any, found: dict, expected: dict) -> None:
+def refuse_other(
+  path: Any, found: dict, expected: dict, may_change: tuple[str, ...] = ()
+) -> None:
   """Raises if two configurations differ, with the differing fields."""
-  lines = files.differing_fields(found, expected)
+  lines = [
+    line
+    for line in files.differing_fields(found, expected)
+    if line.partition(":")[0] not in may_change
+  ]
   if lines:
     raise ValueError(
       f"{path} belongs to another configuration:\n  "
@@ -355,7 +371,8 @@ def load_params(
     best_mode: what "best" means.
 
   Raises:
-    ValueError: there is no such checkpoint, or it is not whole.
+    ValueError: there is no such checkpoint, it is not whole, or it has other
+      parameters.
   """
   root = pathlib.Path(directory).absolute() / "checkpoints"
   scores: dict[int, float | None] = {}
@@ -387,6 +404,7 @@ def load_params(
   if fault is not None:
     raise ValueError(f"load: checkpoint {root / str(chosen)}: {fault}.")
   item = {"params": abstract}
+  _check_arrays("load", root / str(chosen), item)
   with ocp.PyTreeCheckpointer() as checkpointer:
     return checkpointer.restore(
       root / str(chosen) / "state", args=_restore_args(item, partial=True)
@@ -414,6 +432,67 @@ def _fault(root: pathlib.Path, step: int, *, read: bool) -> str | None:
     if read and _digest(path) != digest:
       return f"its file {name} has changed since it was written"
   return None
+
+
+def _check_arrays(function: str, path: pathlib.Path, abstract: Any) -> None:
+  """Raises if a checkpoint's arrays are not those that are asked for."""
+  stored = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+  found = _arrays(stored)
+  expected = _arrays(abstract)
+  kinds = {name.partition(".")[0] for name in expected}
+  names = [
+    name
+    for name in sorted(found.keys() | expected.keys())
+    if name.partition(".")[0] in kinds and found.get(name) != expected.get(name)
+  ]
+  if not names:
+    return
+  lines = [
+    f"{name}: found {found.get(name, 'nothing')}, expected "
+    f"{expected.get(name, 'nothing')}"
+    for name in names
+  ]
+  if len(lines) > 8:
+    lines[8:] = [f"and {len(lines) - 8} more"]
+  causes = [
+    text
+    for kind, text in _CAUSES.items()
+    if any(name.partition(".")[0] == kind for name in names)
+  ]
+  raise ValueError(
+    f"{function}: {path} has other arrays than are asked for:\n  "
+    + "\n  ".join([*lines, ""]).rstrip(" ")
+    # Another model makes another optimizer's state as well.
+    + causes[0]
+  )
+
+
+_CAUSES = {
+  "params": (
+    "The model is another one: give the init (and seeds) that the run began "
+    "with, or choose another folder."
+  ),
+  "opt_state": (
+    "The optimizer is another one: give the one that the run began with, or "
+    "choose another folder; training.load gives the models trained so far."
+  ),
+  "key": (
+    "The random numbers are of another kind: set jax_default_prng_impl as it "
+    "was when the run began (JAX's default, 'threefry2x32', has keys of 2 "
+    "numbers, 'rbg' of 4), or choose another folder."
+  ),
+}
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+  """Each array's dtype and shape by its path; nodes without arrays go."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): (
+      f"{jnp.dtype(leaf.dtype).name} {list(leaf.shape)}"
+    )
+    for path, leaf in jax.tree.leaves_with_path(tree)
+    if getattr(leaf, "shape", None) is not None
+  }
 
 
 def _steps(root: pathlib.Path) -> list[int]:

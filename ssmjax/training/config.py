@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ssmjax.training import sharding, step
 
@@ -18,6 +18,13 @@ class FitConfig:
   dispatches end and on which alone the run saves, evaluates and stops; best
   they are multiples of `steps_per_dispatch`, since a cell that is shorter goes
   step by step.
+
+  When a run goes on, `steps` may be more, and `log_every`, `evaluate_every`,
+  `save_every`, `keep`, `minutes` and `progress` others. The steps that follow
+  are the same to the bit where all intervals, old and new, are multiples of
+  `steps_per_dispatch`; else equal but for rounding. A schedule belongs to the
+  optimizer: one that was made for fewer steps keeps its last rate, one that is
+  made anew for more steps gives other rates from there on.
 
   Attributes:
     steps: all steps of the run.
@@ -86,11 +93,14 @@ class FitConfig:
       )
 
   def identity(self) -> dict:
-    """Gives the fields that decide the result, JSON-able."""
+    """Gives the fields that a folder records, JSON-able."""
     fields = dataclasses.asdict(self)
     for name in ("keep", "minutes", "progress"):
       del fields[name]
     return fields
+
+  # Fields of `identity` that may be others when a run goes on.
+  MAY_CHANGE: ClassVar = ("steps", "log_every", "evaluate_every", "save_every")
 
   def grid(self) -> tuple[int, ...]:
     """Gives the intervals whose multiples are boundaries."""

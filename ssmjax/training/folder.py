@@ -32,19 +32,27 @@ class RunFolder:
   Attributes:
     identity: the configuration, as JSON gives it back.
     exact: whether a resume here is exact to the bit.
+    environment: the devices and versions that it runs with.
   """
 
-  def __init__(self, directory: pathlib.Path, identity: dict, mesh: Mesh):
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    identity: dict,
+    mesh: Mesh,
+    may_change: tuple[str, ...] = (),
+  ):
     self.identity = json.loads(json.dumps(identity))
     self.exact = ensure_deterministic()
     self._directory = directory
+    self._may_change = may_change
     device = mesh.devices.flat[0]
-    self._environment: dict[str, Any] = {
+    self.environment: dict[str, Any] = {
       "devices": f"{mesh.size} × {device.device_kind}",
       "versions": {name: _version(name) for name in _VERSIONS},
     }
     if device.platform == "cpu":  # its sums depend on both
-      self._environment["cpu"] = f"{_cores()} cores of {_cpu_model()}"
+      self.environment["cpu"] = f"{_cores()} cores of {_cpu_model()}"
 
   def __enter__(self) -> "RunFolder":
     """Locks the folder, then checks or writes `config.json`."""
@@ -77,12 +85,16 @@ class RunFolder:
     if not path.exists():
       checkpoints.refuse_foreign(self._directory)
       files.write_json(
-        path, {"config": self.identity, "environment": self._environment}
+        path, {"config": self.identity, "environment": self.environment}
       )
       return
     found = _read_config(path)
-    checkpoints.refuse_other(path, found["config"], self.identity)
-    lines = files.differing_fields(found["environment"], self._environment)
+    checkpoints.refuse_other(
+      path, found["config"], self.identity, self._may_change
+    )
+    if found["config"] != self.identity:  # in what may change
+      files.write_json(path, found | {"config": self.identity})
+    lines = files.differing_fields(found["environment"], self.environment)
     if lines:
       warnings.warn(
         f"{self._directory} was begun elsewhere; the run goes on but is not "

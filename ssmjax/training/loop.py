@@ -151,8 +151,9 @@ class _Run:
       "fit": config.identity(),
       "parameters": parameters,
     }
+    free = tuple(f"fit.{name}" for name in FitConfig.MAY_CHANGE)
     with (
-      RunFolder(self._directory, identity, self._mesh) as folder,
+      RunFolder(self._directory, identity, self._mesh, free) as folder,
       StopRequest(config.minutes) as stop,
     ):
       self._folder = folder
@@ -163,6 +164,7 @@ class _Run:
         config=folder.identity,
         keep=config.keep,
         best_mode=config.best_mode,
+        may_change=free,
       )
       try:
         self._restore(abstract)
@@ -199,8 +201,21 @@ class _Run:
     self._sums = Sums(progress["sums"])
     self._best = progress["best"]
     self._over = progress["over"]
+    self._check_steps()
     self._evaluated = progress["evaluated"]
     self._source.restore(progress["cursor"])
+
+  def _check_steps(self) -> None:
+    """Lets a finished run go on to more steps; raises if all are done."""
+    done, asked = self._step, self._config.steps
+    if self._over == "finished" and asked > done:
+      self._over = None
+    if asked < done or (asked == done and self._over is None):
+      raise ValueError(
+        f"fit: FitConfig.steps is {asked}, and the run in {self._directory} "
+        f"has done {done} steps. Ask for more steps, or take its models by "
+        "training.load."
+      )
 
   def _train(self, hooks: Sequence[Hook], stop: StopRequest) -> None:
     config = self._config
