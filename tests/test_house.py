@@ -32,7 +32,7 @@ TABLE = {
 }
 TABLE = {room: set(row.split()) for room, row in TABLE.items()}
 LIBRARY = {"ssmjax"}.union(TABLE, *TABLE.values())
-SCRIPTS = {"tyro", "tqdm", "matplotlib", "scipy", "tensorboardX"}
+SCRIPTS = {"tyro", "tqdm", "matplotlib", "scipy"}
 # Never dependencies: the benchmark times them where they happen to be.
 RIVALS = {"torch", "mambapy"}
 TOOLS = {"chex", "pytest", "hypothesis"}

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from ssmjax.training import (
   load,
   read_metrics,
 )
+from ssmjax.training.fingerprint import fingerprint
 from ssmjax.training.folder import RunFolder, StopRequest
 from ssmjax.training.metrics import MetricsLog
 
@@ -180,12 +182,12 @@ def test_events_of_a_killed_run_are_purged(tmp_path, monkeypatch):
       super().__init__(*args, purge_step=purge_step)
 
   monkeypatch.setattr(tensorboardX, "SummaryWriter", Writer)
-  log = MetricsLog(tmp_path, 0)
+  log = MetricsLog(tmp_path, 0, tensorboard=True)
   for step in (10, 20, 30):
     log.write(step, "train", [0], [{"loss": 1.0 / step, "empty": np.nan}])
   log.sync()
   log.close()
-  MetricsLog(tmp_path, 20).close()
+  MetricsLog(tmp_path, 20, tensorboard=True).close()
   assert purged == [1, 21]
   assert list(tmp_path.glob("events.*"))
   assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20]
@@ -513,19 +515,144 @@ def test_speed_counts_all_seeds_and_no_evaluation(tmp_path):
   assert lines[0]["seconds"] + lines[2]["seconds"] < elapsed - 8.0
 
 
-def test_run_without_tqdm_and_tensorboardx_prints_lines(
-  tmp_path, monkeypatch, capsys
-):
+def test_run_without_tqdm_prints_lines(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "tqdm", None)
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   with pytest.raises(Crash):
     toy_run.run(tmp_path, data=one_size(), hooks=[crash_at(25)], progress=True)
   out = capsys.readouterr().out
-  assert out.count("tensorboardX is not installed") == 1
+  assert "tensorboard" not in out
   assert "step 10/120" in out
   assert "tokens/s" in out
   assert not list(tmp_path.glob("events.*"))
   assert len(read_metrics(tmp_path)) == 2
+
+
+def test_events_are_written_where_asked_for(tmp_path, monkeypatch):
+  short_run(tmp_path / "asked", steps=1, tensorboard=True)
+  assert list((tmp_path / "asked").glob("events.*"))
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  short_run(tmp_path / "not", steps=1)
+  with pytest.raises(ImportError, match="pip install tensorboardX"):
+    short_run(tmp_path / "missing", steps=1, tensorboard=True)
+
+
+def test_run_says_what_it_does_before_it_is_silent(tmp_path, capsys):
+  short_run(tmp_path, steps_per_dispatch=5, steps=4, progress=True)
+  out = capsys.readouterr().out.splitlines()
+  assert out[:4] == [
+    "Parameters: 4, 0.0 MB in all.",
+    "Devices: 1 × cpu, 1 to divide a batch.",
+    "Data: Steps, made on the devices.",
+    "Compiling the step, one step a call: step int32 [16].",
+  ]
+  assert re.fullmatch(r"Compiled in [\d.]+ s\.", out[4])
+  short_run(tmp_path / "quiet")
+  assert capsys.readouterr().out == ""
+
+
+def test_every_line_is_given_in_order_and_after_a_resume(tmp_path):
+  given = []
+
+  def take(line):
+    assert read_metrics(tmp_path)[-1]["step"] >= line["step"]  # written first
+    given.append(dict(line))
+    line.clear()  # it is the taker's
+
+  fields = {
+    "evaluate": lambda model, step: {"bad": np.nan},
+    "seeds": (0, 1),
+    "evaluate_every": 5,
+    "save_every": 3,
+  }
+  with pytest.raises(Crash):
+    short_run(tmp_path, hooks=[crash_at(7)], on_metrics=take, **fields)
+  lines = read_metrics(tmp_path)
+  assert given == lines
+  assert {"step": 5, "event": "evaluate", "seed": 1, "bad": None} in given
+  given.clear()
+  short_run(tmp_path, on_metrics=take, **fields)
+  assert given == [m for m in read_metrics(tmp_path) if m["step"] > 6]
+  assert [m["step"] for m in given[:2]] == [7, 7]
+
+
+def test_what_on_metrics_raises_ends_the_run(tmp_path):
+  def fail(line):
+    raise Crash
+
+  with pytest.raises(Crash):
+    short_run(tmp_path, on_metrics=fail)
+
+
+@pytest.mark.parametrize(
+  "changed",
+  [
+    {"rate": 0.2},
+    {"optimizer": optax.sgd(lambda step: 0.1 - 0.01 * (step > 8))},
+    {"scale": 3.0},
+    {"data": "table"},
+  ],
+)
+def test_changed_step_is_warned_of(tmp_path, changed):
+  fields = {"data": table(1.0)} if "data" in changed else {}
+  if "optimizer" in changed:
+    fields = {"optimizer": optax.sgd(lambda step: 0.1 - 0.0 * (step > 8))}
+  short_run(tmp_path, hooks=[terminate_at(4)], **fields)
+  short_run(tmp_path, hooks=[terminate_at(6)], **fields)  # and not of the same
+  if "data" in changed:
+    changed = {"data": table(2.0)}
+  if "scale" in changed:
+    changed = {"loss": weight_at(-1, changed["scale"])}
+  with pytest.warns(UserWarning, match="computes something else .* step 6"):
+    short_run(tmp_path, hooks=[terminate_at(8)], **fields | changed)
+  assert short_run(tmp_path, **fields | changed).finished  # told once
+
+
+def test_changed_step_of_another_version_is_not_told(tmp_path, monkeypatch):
+  short_run(tmp_path, hooks=[terminate_at(4)])
+  monkeypatch.setattr("ssmjax.training.folder._version", lambda name: "9.9")
+  with pytest.warns(UserWarning, match="was begun elsewhere") as found:
+    short_run(tmp_path, rate=0.2)
+  assert not [w for w in found if "something else" in str(w.message)]
+
+
+def test_step_is_traced_once(tmp_path):
+  traced = []
+
+  def loss(model, batch, key):
+    traced.append(1)
+    return weight_at(-1, 4.0)(model, batch, key)
+
+  short_run(tmp_path, loss)
+  assert len(traced) == 1
+
+
+def test_fingerprint_ignores_names_and_sees_every_constant():
+  def one(rate, table):
+    def inner(x):
+      return jnp.sin(x) * rate + table
+
+    return lambda x: jax.lax.scan(lambda c, y: (c + jax.jit(inner)(y), y), x, x)
+
+  def two(rate, table):
+    def other_name(other):
+      return jnp.sin(other) * rate + table
+
+    return lambda z: jax.lax.scan(
+      lambda k, v: (k + jax.jit(other_name)(v), v), z, z
+    )
+
+  def digest(make, rate=0.1, table=(0.0, 1.0, 2.0)):
+    function = lambda x: make(rate, np.float32(table))(x)[0].sum()
+    return fingerprint(jax.make_jaxpr(jax.grad(function))(jnp.ones((3, 3))))
+
+  assert digest(one) == digest(two)
+  others = [{"rate": 0.1000001}, {"table": (0.0, 1.0, 3.0)}]
+  assert len({digest(one), *(digest(one, **other) for other in others)}) == 3
+  large = np.zeros(1 << 23, np.float32)
+  x = jnp.asarray(large)
+  whole = fingerprint(jax.make_jaxpr(lambda y: y + x)(1.0))
+  assert whole != fingerprint(jax.make_jaxpr(lambda y: y + (x + 1))(1.0))
 
 
 def test_data_that_cannot_be_resumed_or_ends_is_refused(tmp_path):
@@ -664,6 +791,19 @@ class Steps:
 
   def batch(self, kind, step, seed):
     return {"step": jnp.full(kind, step)}
+
+
+def table(value):
+  """`Steps` with a constant array, of which the batch takes nothing new."""
+  values = np.full(3, value, np.float32)
+
+  class Table(Steps):
+    def batch(self, kind, step, seed):
+      return super().batch(kind, step, seed) | {
+        "x": jnp.full((kind, 3), jnp.asarray(values))
+      }
+
+  return Table()
 
 
 def short_run(folder, loss=None, rate=0.1, **options):

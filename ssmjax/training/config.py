@@ -20,11 +20,11 @@ class FitConfig:
   step by step.
 
   When a run goes on, `steps` may be more, and `log_every`, `evaluate_every`,
-  `save_every`, `keep`, `minutes` and `progress` others. The steps that follow
-  are the same to the bit where all intervals, old and new, are multiples of
-  `steps_per_dispatch`; else equal but for rounding. A schedule belongs to the
-  optimizer: one that was made for fewer steps keeps its last rate, one that is
-  made anew for more steps gives other rates from there on.
+  `save_every`, `keep`, `minutes`, `progress` and `tensorboard` others. The
+  steps that follow are the same to the bit where all intervals, old and new,
+  are multiples of `steps_per_dispatch`; else equal but for rounding. A schedule
+  belongs to the optimizer: one that was made for fewer steps keeps its last
+  rate, one that is made anew for more steps gives other rates from there on.
 
   Attributes:
     steps: all steps of the run.
@@ -44,7 +44,10 @@ class FitConfig:
     stop_above: stops early once `best` is above this for every seed at one
       evaluation; several seeds therefore all train on until the slowest passes.
     minutes: stops in time to have saved after so many minutes; None for never.
-    progress: show a bar (tqdm) or lines.
+    progress: say what the run does (parameters, devices, data, when it
+      compiles) and show a bar (tqdm) or lines; False for neither.
+    tensorboard: write events for TensorBoard into the run's folder, too; needs
+      tensorboardX.
   """
 
   steps: int
@@ -61,6 +64,7 @@ class FitConfig:
   stop_above: float | None = None
   minutes: float | None = None
   progress: bool = True
+  tensorboard: bool = False
 
   def __post_init__(self):
     for name in (
@@ -95,7 +99,7 @@ class FitConfig:
   def identity(self) -> dict:
     """Gives the fields that a folder records, JSON-able."""
     fields = dataclasses.asdict(self)
-    for name in ("keep", "minutes", "progress"):
+    for name in ("keep", "minutes", "progress", "tensorboard"):
       del fields[name]
     return fields
 

@@ -10,7 +10,7 @@ import jax
 import optax
 from flax import nnx
 
-from ssmjax.training import files, step
+from ssmjax.training import files, sharding, step
 from ssmjax.training.checkpoints import load_params, refuse_other
 from ssmjax.types import describe_model, read_description
 
@@ -42,6 +42,9 @@ def load(
     at: a step, or "latest", or "best" by the run's `best` metric.
     best_mode: as given to `fit`.
 
+  Returns:
+    The models, on the first device; within `jax.set_mesh` on all of the mesh's.
+
   Raises:
     ValueError: there is no such checkpoint, or it is not whole; the folder
       does not describe its models, and there is no `init`.
@@ -51,7 +54,13 @@ def load(
     init = _described_init(folder)
   seeds = _seeds(folder) if seeds is None else seeds
   graphdef, abstract = abstract_state(init, optax.identity(), seeds)
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  # Within `jax.set_mesh` nothing runs on other devices than the mesh's.
+  mesh = sharding.context_mesh()
+  device: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(
+    jax.local_devices()[0]
+  )
+  if mesh is not None:
+    device = jax.NamedSharding(mesh, jax.P())
   params = load_params(
     directory,
     with_sharding(

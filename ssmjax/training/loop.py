@@ -1,6 +1,8 @@
 """`fit`: a run that can be killed at any moment and goes on exactly."""
 
 import pathlib
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from ssmjax.training import sharding, sources, step
 from ssmjax.training.checkpoints import Checkpoints
 from ssmjax.training.config import FitConfig, FitResult, Hook
 from ssmjax.training.determinism import ensure_deterministic
+from ssmjax.training.fingerprint import fingerprint
 from ssmjax.training.folder import RunFolder, StopRequest
 from ssmjax.training.loading import (
   abstract_state,
@@ -36,6 +39,7 @@ def fit(
   settings: dict | None = None,
   evaluate: Callable[[Any, int], dict[str, float]] | None = None,
   hooks: Sequence[Hook] = (),
+  on_metrics: Callable[[dict[str, Any]], None] | None = None,
   mesh: Mesh | None = None,
 ) -> FitResult:
   """Trains, or goes on with the training that the folder holds.
@@ -60,8 +64,17 @@ def fit(
     evaluate: `evaluate(model, step)` gives metrics of one seed's model, whose
       arrays are replicated over the mesh.
     hooks: called as `hook(step, models)` at every boundary of the grid.
-    mesh: has an axis "data", over which batches are divided; by default all
-      devices, of every process.
+    on_metrics: is given every line of metrics as a dict, in order, once it is
+      written: `{"step", "event": "train" | "evaluate", "seed", <metric>:
+      float, or None where it is not finite}`. Process 0 alone calls it. A run
+      that goes on gives the lines after its checkpoint again, and none before.
+      What it raises ends the run, as what a hook raises does.
+    mesh: has an axis "data", over which batches are divided; by default the
+      mesh of `jax.set_mesh`, or all devices, of every process.
+
+  A run that goes on warns where its step computes something else than before,
+  for another loss, learning rate or model under the same `settings` (not with
+  strategy "pmap", and not on other devices or versions).
 
   SIGTERM or Ctrl-C stops the run at the next boundary, saved; a second Ctrl-C
   stops it at once.
@@ -104,14 +117,24 @@ def fit(
     result.models[1].kernel          # of seed 1
   """
   ensure_deterministic()  # still in time where JAX has not started
-  mesh = sharding.data_mesh() if mesh is None else mesh
+  if mesh is None:
+    mesh = sharding.context_mesh() or sharding.data_mesh()
   sharding.check_mesh(mesh)
   if config.best is not None and evaluate is None:
     raise ValueError(
       f"fit: FitConfig.best is {config.best!r}, which needs evaluate=."
     )
   return _Run(
-    init, loss, optimizer, data, config, directory, settings, evaluate, mesh
+    init,
+    loss,
+    optimizer,
+    data,
+    config,
+    directory,
+    settings,
+    evaluate,
+    on_metrics,
+    mesh,
   ).fit(hooks)
 
 
@@ -128,14 +151,17 @@ class _Run:
     directory,
     settings,
     evaluate,
+    on_metrics,
     mesh,
   ):
+    self._on_metrics = on_metrics
     self._config, self._evaluate, self._mesh = config, evaluate, mesh
     self._init, self._loss, self._optimizer = init, loss, optimizer
     self._source = sources.source_of(data)
     self._directory = pathlib.Path(directory).absolute()
     self._settings = settings or {}
     self._programs: dict = {}
+    self._digests: dict[str, str] = {}
     self._evaluated: list[dict] = []
     self._best: float | None = None
     self._over: str | None = None
@@ -169,7 +195,7 @@ class _Run:
       try:
         self._restore(abstract)
         if self._over is None:
-          self._train(hooks, stop)
+          self._train(hooks, stop, abstract)
       finally:
         self._checkpoints.close()
     return FitResult(
@@ -202,6 +228,9 @@ class _Run:
     self._best = progress["best"]
     self._over = progress["over"]
     self._check_steps()
+    programs = progress.get("programs", {})  # earlier versions kept none
+    if programs.get("environment") == self._folder.environment:
+      self._digests = programs["digests"]
     self._evaluated = progress["evaluated"]
     self._source.restore(progress["cursor"])
 
@@ -217,7 +246,9 @@ class _Run:
         "training.load."
       )
 
-  def _train(self, hooks: Sequence[Hook], stop: StopRequest) -> None:
+  def _train(
+    self, hooks: Sequence[Hook], stop: StopRequest, abstract: step.TrainState
+  ) -> None:
     config = self._config
     self._report = Report(
       self._directory,
@@ -226,7 +257,9 @@ class _Run:
       self._checkpoints,
       step=self._step,
       sums=self._sums,
+      on_metrics=self._on_metrics,
     )
+    self._report.begin(abstract, self._mesh)
     if not self._folder.exact:
       self._report.say(
         "This GPU run is not exact: call ssmjax.training.ensure_deterministic()"
@@ -254,7 +287,6 @@ class _Run:
     compiled = len(self._programs)
     with stop.timed("cell") as timing:
       for run in self._source.runs(self._step, end, size):
-        program = self._program(run)
         batches = run.batches
         if batches:
           sharding.check_batch(
@@ -263,7 +295,14 @@ class _Run:
             self._config.microbatches,
           )
           batches = sharding.place(batches, self._mesh, self._config.strategy)
-        self._state, metrics = program(self._state, batches)
+        program = self._programs.get((run.kind, run.steps))
+        if program is None:
+          with self._report.compiling(run):
+            program = self._program(run)
+            self._compare(run, program, batches)
+            self._state, metrics = program(self._state, batches)
+        else:
+          self._state, metrics = program(self._state, batches)
         self._report.add(run, metrics)
       if len(self._programs) > compiled:
         timing.name = "compile"
@@ -350,15 +389,16 @@ class _Run:
       "over": self._over,
       "evaluated": self._evaluated,
       "cursor": self._source.cursor(),
+      "programs": {
+        "environment": self._folder.environment,
+        "digests": self._digests,
+      },
     }
     with self._report.clock_stopped():
       self._report.sync()
       self._checkpoints.save(self._step, self._state, progress, best=score)
 
   def _program(self, run: sources.Run):
-    found = self._programs.get((run.kind, run.steps))
-    if found is not None:
-      return found
     config = self._config
     program = sharding.parallel(
       step.make_program(
@@ -378,6 +418,28 @@ class _Run:
     )
     self._programs[run.kind, run.steps] = program
     return program
+
+  def _compare(self, run: sources.Run, program, batches) -> None:
+    """Warns if the step computes something else than in the run so far."""
+    if not hasattr(program, "trace"):  # pmap's
+      return
+    # The call that follows finds this trace again and does not repeat it.
+    digest = fingerprint(program.trace(self._state, batches).jaxpr)
+    # By what decides a program; the address of an object in a kind does not.
+    name = f"{run.steps} × {re.sub('0x[0-9a-f]+', '', repr(run.kind))}"
+    known = self._digests.get(name, digest)
+    if known != digest:
+      self._digests = {}  # of other programs: they have changed as well
+      warnings.warn(
+        f"fit: the step computes something else than in the run so far, in "
+        f"{self._directory}, which goes on after step {self._step}. The "
+        "loss, the learning rate or its schedule, another number of the "
+        "optimizer, the model's or the stream's code, or a setting of JAX may "
+        "have changed. If that was not meant, change it back or choose another "
+        "folder; settings= refuses a folder of another run.",
+        stacklevel=6,
+      )
+    self._digests[name] = digest
 
   def _next(self) -> int:
     config = self._config

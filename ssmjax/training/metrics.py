@@ -6,7 +6,7 @@ import os
 import pathlib
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -81,18 +81,33 @@ class MetricsLog:
   A line is `{"step", "event", "seed", <metric>: value, ...}`, one per seed.
   """
 
-  def __init__(self, directory: pathlib.Path, step: int):
-    """Opens the folder's files and cuts them back to `step`."""
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    step: int,
+    *,
+    tensorboard: bool = False,
+    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+  ):
+    """Opens the folder's files and cuts them back to `step`.
+
+    Args:
+      directory: the run's folder.
+      step: steps done.
+      tensorboard: write events.
+      on_metrics: is given every line once it is written.
+    """
+    self._on_metrics = on_metrics
     self._writes = jax.process_index() == 0
     self._broken = False
     if not self._writes:
       return
+    self._events = _event_writer(directory, step) if tensorboard else None
     self._path = path = directory / "metrics.jsonl"
     kept = [line for line in _lines(path) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     files.write_atomically(path, text.encode())
     self._file = open(path, "a")  # noqa: SIM115 (closed by close())
-    self._events = _event_writer(directory, step)
 
   def write(
     self, step: int, event: str, seeds: Iterable[int], metrics: list[dict]
@@ -101,16 +116,21 @@ class MetricsLog:
     if not self._writes:
       return
     several = len(metrics) > 1
+    lines = []
     with self._writing(f"the metrics of step {step}"):
       for seed, values in zip(seeds, metrics, strict=True):
         line = {"step": step, "event": event, "seed": seed}
         line |= {name: _finite(value) for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
+        lines.append(line)
         if self._events is not None:
           prefix = f"{event}/seed_{seed}/" if several else f"{event}/"
           for name, value in values.items():
             self._events.add_scalar(prefix + name, value, step)
       self._file.flush()
+    if self._on_metrics is not None:
+      for line in lines:
+        self._on_metrics(line)
 
   def sync(self) -> None:
     """Returns when all lines are on disk: before a checkpoint counts."""
@@ -198,6 +218,11 @@ class Progress:
     text = " ".join(f"{name} {value}" for name, value in shown.items())
     print(f"step {step}/{self._steps} {text} left {left:.0f} s", flush=True)
 
+  def announce(self, text: str) -> None:
+    """Prints a line if progress is shown."""
+    if self._show:
+      self.say(text)
+
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""
     if jax.process_index() != 0:
@@ -237,8 +262,10 @@ def _event_writer(directory: pathlib.Path, step: int):
   try:
     import tensorboardX
   except ImportError:
-    print("tensorboardX is not installed: no TensorBoard events are written.")
-    return None
+    raise ImportError(
+      "fit: FitConfig.tensorboard needs tensorboardX, which is not installed: "
+      "pip install tensorboardX, or leave it False (metrics.jsonl has all)."
+    ) from None
   # Events after `step` come from a run that was killed: hide them.
   return tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
 

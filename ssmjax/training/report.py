@@ -2,14 +2,17 @@
 
 import collections
 import contextlib
+import math
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from ssmjax.training import sources
+from ssmjax.training import sharding, sources
 from ssmjax.training.checkpoints import Checkpoints
 from ssmjax.training.config import FitConfig
 from ssmjax.training.metrics import MetricsLog, Progress, Sums
@@ -37,21 +40,58 @@ class Report:
     *,
     step: int,
     sums: Sums,
+    on_metrics: Callable[[dict[str, Any]], None] | None,
   ):
     """Opens the folder's files and cuts them back to `step`."""
     self.sums = sums
     self._config, self._source = config, source
     self._checkpoints = checkpoints
-    self._log = MetricsLog(directory, step)
+    self._log = MetricsLog(
+      directory, step, tensorboard=config.tensorboard, on_metrics=on_metrics
+    )
     self._bar = Progress(step, config.steps, show=config.progress)
     self._pending: collections.deque = collections.deque()
-    self._tokens: dict = {}
+    self._shapes: dict = {}
     self._made = 0  # tokens of all seeds since the last line
     self._clock = time.monotonic()
 
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""
     self._bar.say(text)
+
+  def begin(self, abstract: Any, mesh: Mesh) -> None:
+    """Says, if progress is shown, what is trained and on what."""
+    params = jax.tree.leaves(abstract.params)
+    seeds = len(self._config.seeds)
+    size = sum(math.prod(x.shape) for x in params) // seeds
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in params)
+    each = f" for each of {seeds} seeds" if seeds > 1 else ""
+    self._bar.announce(
+      f"Parameters: {size:,}{each}, {total / 1e6:,.1f} MB in all."
+    )
+    kind = mesh.devices.flat[0].device_kind
+    self._bar.announce(
+      f"Devices: {mesh.size} × {kind}, {mesh.shape[sharding.AXIS]} to divide a "
+      "batch."
+    )
+    self._bar.announce(f"Data: {self._source.description}.")
+
+  @contextlib.contextmanager
+  def compiling(self, run: sources.Run) -> Iterator[None]:
+    """Says, if progress is shown, that a new program is compiled."""
+    if self._config.progress:
+      leaves = jax.tree.leaves_with_path(self._shapes_of(run))
+      shapes = ", ".join(
+        f"{jax.tree_util.keystr(path, simple=True, separator='.')} "
+        f"{x.dtype.name} {list(x.shape)}"
+        for path, x in leaves
+      )
+      steps = f"{run.steps} steps" if run.steps > 1 else "one step"
+      self._bar.announce(f"Compiling the step, {steps} a call: {shapes}.")
+    start = time.monotonic()
+    yield
+    seconds = time.monotonic() - start
+    self._bar.announce(f"Compiled in {seconds:.1f} s.")
 
   def add(self, run: sources.Run, metrics: dict) -> None:
     """Takes a dispatch's metrics, and reads the one's before."""
@@ -108,10 +148,13 @@ class Report:
       pending.popleft()
 
   def _count(self, run: sources.Run) -> None:
-    if run.kind not in self._tokens:
-      self._tokens[run.kind] = self._source.tokens(run)
-    seeds = len(self._config.seeds)
-    self._made += run.steps * seeds * self._tokens[run.kind]
+    tokens = sources.count_tokens(self._shapes_of(run))
+    self._made += run.steps * len(self._config.seeds) * tokens
+
+  def _shapes_of(self, run: sources.Run) -> Any:
+    if run.kind not in self._shapes:
+      self._shapes[run.kind] = self._source.shapes(run)
+    return self._shapes[run.kind]
 
   def _write_line(self, at: int) -> None:
     now = time.monotonic()

@@ -133,12 +133,24 @@ def check_batch(batch: Any, devices: int, microbatches: int) -> None:
     )
 
 
+def context_mesh() -> Mesh | None:
+  """Gives the mesh of `jax.set_mesh`, if one is set."""
+  mesh = jax.sharding.get_mesh()
+  return None if mesh.empty else mesh
+
+
 def check_mesh(mesh: Mesh) -> None:
-  """Raises unless the mesh has the axis that batches are divided over."""
+  """Raises unless batches can be divided over the mesh, here."""
+  context = context_mesh()
+  if context is not None and context != mesh:
+    raise ValueError(
+      f"fit: mesh is {mesh}, and within jax.set_mesh of {context}: expected the "
+      "same. Leave mesh= out, or call fit outside of jax.set_mesh."
+    )
   if AXIS not in mesh.axis_names:
     raise ValueError(
       f"fit: mesh has the axes {mesh.axis_names}, expected one named {AXIS!r}; "
-      "data_mesh() makes one."
+      "data_mesh() makes one (outside of jax.set_mesh of another)."
     )
 
 

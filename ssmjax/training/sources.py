@@ -32,6 +32,7 @@ class StreamSource:
 
   def __init__(self, stream: Stream):
     self.stream = stream
+    self.description = f"{type(stream).__name__}, made on the devices"
 
   def runs(self, first: int, last: int, size: int) -> Iterator[Run]:
     """Yields the dispatches from step `first` to `last`."""
@@ -43,12 +44,11 @@ class StreamSource:
     """Names the programs that `runs` needs, if known beforehand."""
     return {(run.kind, run.steps) for run in self.runs(first, last, size)}
 
-  def tokens(self, run: Run) -> int:
-    """Counts the tokens of a step."""
-    shapes = jax.eval_shape(
+  def shapes(self, run: Run) -> Any:
+    """Gives the shapes and dtypes of a step's batch."""
+    return jax.eval_shape(
       lambda: self.stream.batch(run.kind, jnp.int32(run.first), jnp.uint32(0))
     )
-    return _tokens(shapes)
 
   def name(self, step: int, seed: int) -> str:
     """Says how to make the batch of a step again."""
@@ -68,6 +68,7 @@ class IteratorSource:
 
   def __init__(self, iterator: Any):
     self._iterator = iterator
+    self.description = f"{type(iterator).__name__}, an iterator"
 
   def runs(self, first: int, last: int, size: int) -> Iterator[Run]:
     """Draws the batches from step `first` to `last`, and no more."""
@@ -91,9 +92,11 @@ class IteratorSource:
     """Shapes are not known before the batches are drawn."""
     return set()
 
-  def tokens(self, run: Run) -> int:
-    """Counts the tokens of a step."""
-    return _tokens(jax.tree.map(lambda x: x[0], run.batches))
+  def shapes(self, run: Run) -> Any:
+    """Gives the shapes and dtypes of a step's batch."""
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), run.batches
+    )
 
   def name(self, step: int, seed: int) -> str:
     """Says which batch it was."""
@@ -146,8 +149,8 @@ def _shapes(batch: Any) -> Hashable:
   return tree, tuple((x.shape, x.dtype.str) for x in leaves)
 
 
-def _tokens(batch: Any) -> int:
-  """B·T of `tokens`, or of the first array with two axes, or examples."""
+def count_tokens(batch: Any) -> int:
+  """Counts B·T of `tokens`, or of the first array with two axes, or rows."""
   if isinstance(batch, dict) and "tokens" in batch:
     batch = batch["tokens"]
   leaves = jax.tree.leaves(batch)

@@ -1,6 +1,7 @@
 """The train step as a pure function, and many of them in one dispatch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -220,11 +221,14 @@ def init_state(
   for _, variables in built:
     _check_variables(variables)
   trees = [nnx.to_pure_dict(variables) for _, variables in built]
+  # jnp.full(4, 1.0) is weakly typed, which a step's result is not: the first
+  # step would be compiled twice.
+  strong = functools.partial(jax.tree.map, lambda x: x.astype(x.dtype))
 
   def assemble(trees):
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    params = strong(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
     keys = [jax.random.key_data(jax.random.key(seed)) for seed in seeds]
-    opt_state = jax.vmap(optimizer.init)(params)
+    opt_state = strong(jax.vmap(optimizer.init)(params))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, opt_state, jnp.stack(keys))
 
