@@ -1,5 +1,6 @@
 """The loss at labels is the dense loss at the same places."""
 
+import contextlib
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from checks import assert_close
 from flax import nnx
+from jax.sharding import AxisType
 
 from ssmjax.models import (
   AttentionConfig,
@@ -259,3 +261,27 @@ def test_classification_loss_names_what_cannot_be(fields, message):
     classification_loss(classifier(), batch)
   with pytest.raises(ValueError, match="label_smoothing is 1, expected 0 or"):
     classification_loss(classifier(), batch, label_smoothing=1)
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_labelled_loss_of_divided_rows_equals_one_device(axis_type, set_mesh):
+  config = ModelConfig(16, 8, 1, mixers=(AttentionConfig(num_heads=2),))
+  plain = LanguageModel(config, rngs=nnx.Rngs(0))
+  tokens = np.arange(28, dtype=np.int32).reshape(4, 7) % 16
+  batch = {
+    "tokens": tokens,
+    "positions": np.tile(np.int32([1, 3]), (4, 1)),
+    "targets": tokens[:, 2:4],
+  }
+  loss = lambda model, batch: labelled_loss(model, batch)[0]
+  both = jax.value_and_grad(loss)
+  expected = quick_jit(both)(plain, batch)
+  mesh = jax.make_mesh(
+    (2,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:2]
+  )
+  with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+    rows = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
+    everywhere = jax.device_put(plain, jax.NamedSharding(mesh, jax.P()))
+    found = quick_jit(both)(everywhere, rows)
+  assert_close(found, expected, jnp.float32)

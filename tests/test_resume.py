@@ -20,6 +20,7 @@ import optax
 import pytest
 import toy_run
 from flax import nnx
+from jax.sharding import AxisType
 
 from ssmjax.training import (
   CheckpointWarning,
@@ -675,6 +676,38 @@ def test_fit_takes_a_mesh_as_make_mesh_gives_it(tmp_path, unbroken):
     toy_run.run(tmp_path, data=one_size(), hooks=[terminate_at(45)], mesh=mesh)
     result = toy_run.run(tmp_path, data=one_size(), mesh=mesh)
   assert_same_end((tmp_path, result), unbroken)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_fit_and_load_within_set_mesh_equal_one_device(tmp_path, axis_type):
+  mesh = jax.make_mesh(
+    (2,), ("data",), axis_types=(axis_type,), devices=jax.devices()[:2]
+  )
+
+  def run(folder, mesh=None):
+    sizes = lambda model, step: {"slope": float(model.slope[...].sum())}
+    return fit(
+      Line,
+      weight_at(-1, 4.0),
+      optax.sgd(0.1),
+      Steps(),
+      FitConfig(steps=4, evaluate_every=2, progress=False),
+      folder,
+      evaluate=sizes,
+      mesh=mesh,
+    )
+
+  one = run(tmp_path / "one", data_mesh(jax.devices()[:1]))
+  with jax.set_mesh(mesh):
+    # Taken from the context, and where it is not the same, refused.
+    found = run(tmp_path / "two")
+    (loaded,) = load(tmp_path / "two", Line)
+    with pytest.raises(ValueError, match=r"call fit outside of jax\.set_mesh"):
+      run(tmp_path / "other", data_mesh(jax.devices()[2:4]))
+    for model in (found.model, loaded):
+      assert_same_leaves(model, one.model)
+      jax.jit(lambda model: model.slope[...] * 2)(model)  # goes on here
+  assert found.metrics == one.metrics
 
 
 def test_fit_runs_outside_of_the_main_thread(tmp_path):

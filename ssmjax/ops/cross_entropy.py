@@ -89,15 +89,32 @@ def linear_cross_entropy(
     )
   if weights is None:
     weights = jnp.ones(targets.shape, jnp.float32)
-  return _loss(
-    softcap,
-    *match_varying(
-      features,
-      weight,
-      known_ids(targets, weight.shape[0]),
-      weights.astype(jnp.float32),
-    ),
+  args = match_varying(
+    features,
+    weight,
+    known_ids(targets, weight.shape[0]),
+    weights.astype(jnp.float32),
   )
+  run = functools.partial(_loss, softcap)
+  mesh = _explicit_mesh(args)
+  if mesh is None:
+    return run(*args)
+  # Sums over divided positions have no division that types could name: the
+  # compiler divides, and the gradients get the arguments' division back.
+  everywhere = jax.NamedSharding(mesh, jax.P())
+  automatic = jax.sharding.auto_axes(
+    run, axes=mesh.explicit_axes, out_sharding=(everywhere, everywhere)
+  )
+  return automatic(*args)
+
+
+def _explicit_mesh(arrays):
+  """The mesh whose explicit axes are in the types of arrays, or None."""
+  for x in arrays:
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.explicit_axes:
+      return mesh
+  return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

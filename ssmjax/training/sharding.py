@@ -144,8 +144,8 @@ def check_mesh(mesh: Mesh) -> None:
   context = context_mesh()
   if context is not None and context != mesh:
     raise ValueError(
-      f"fit: mesh is {mesh}, and within jax.set_mesh of {context}: expected the "
-      "same. Leave mesh= out, or call fit outside of jax.set_mesh."
+      f"fit: mesh is {mesh}, and within jax.set_mesh of {context}: expected "
+      "the same. Leave mesh= out, or call fit outside of jax.set_mesh."
     )
   if AXIS not in mesh.axis_names:
     raise ValueError(
