@@ -16,6 +16,7 @@ from flax import nnx
 from experiments.results import write_json
 from ssmjax import data, models, training
 from ssmjax.models.config_json import config_from_json, config_to_json
+from ssmjax.types import check_fields
 
 __all__ = [
   "Text",
@@ -56,6 +57,8 @@ class TextSettings:
   split_seed: int = 0
   max_bytes: int | None = None
   length: int = 256
+
+  __post_init__ = check_fields
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

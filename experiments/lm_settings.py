@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from experiments.lm_runs import Text, TextSettings
 from ssmjax import data, models
 from ssmjax.models.config_json import config_to_json
-from ssmjax.types import Polarization
+from ssmjax.types import Polarization, check_fields
 
 __all__ = [
   "KINDS",
@@ -44,6 +44,8 @@ class Row:
 
   kind: str
   layers: int
+
+  __post_init__ = check_fields
 
   @property
   def name(self) -> str:
@@ -102,6 +104,8 @@ class Setting:
   save_every: int = 1
   prompt_tokens: int = 64
   sample_tokens: int = 256
+
+  __post_init__ = check_fields
 
   @property
   def checkpoints(self) -> int:

@@ -13,7 +13,7 @@ from ssmjax.data import (
   RecallConfig,
   RecallMix,
 )
-from ssmjax.types import Polarization
+from ssmjax.types import Polarization, check_fields
 
 __all__ = [
   "PAPER_TABLE",
@@ -50,6 +50,8 @@ class Row:
   layers: int
   polarization: Polarization | None = None
   mixer: Any = "mamba"
+
+  __post_init__ = check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Setting:
   save_every: int = 500
   stop_above: float | None = None
   test_batch: int = 128
+
+  __post_init__ = check_fields
 
 
 def setting(

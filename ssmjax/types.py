@@ -8,8 +8,11 @@ time axis and are float32 (complex64 where the decay is complex).
 import dataclasses
 import functools
 import importlib
+import math
+import types
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +23,80 @@ __all__ = [
   "Array",
   "Bool",
   "Complex",
+  "Count",
   "Float",
+  "FloatingDType",
   "Inexact",
   "Int",
   "Polarization",
+  "Positive",
+  "Range",
   "Recurrence",
+  "Seed",
+  "Size",
   "check_arrays",
   "check_choice",
+  "check_fields",
   "check_inexact",
   "check_number",
   "check_polarization",
   "check_segment_ids",
   "check_shapes",
+  "check_value",
   "describe_model",
+  "field_annotations",
   "read_description",
   "real_dtype",
   "register_model",
   "state_dtype",
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """Which numbers a field may hold: `Annotated[float, Range(above=0)]`.
+
+  Attributes:
+    least: the smallest one, itself allowed; None for no such bound.
+    above: a bound that is not itself allowed, as `below`.
+    most: the largest one, itself allowed.
+    below: a bound that is not itself allowed.
+  """
+
+  least: float | None = None
+  above: float | None = None
+  most: float | None = None
+  below: float | None = None
+
+  def __contains__(self, value: float) -> bool:
+    return (
+      (self.least is None or value >= self.least)
+      and (self.above is None or value > self.above)
+      and (self.most is None or value <= self.most)
+      and (self.below is None or value < self.below)
+    )
+
+  def __str__(self) -> str:
+    bounds = {
+      " of at least": self.least,
+      " above": self.above,
+      " of at most": self.most,
+      " below": self.below,
+    }
+    found = [f"{k} {v}" for k, v in bounds.items() if v is not None]
+    return " and".join(found)
+
+
+class _Floating:
+  """Marks a field that holds a floating dtype."""
+
+
+# What the fields of configurations hold, see `check_fields`.
+Size = Annotated[int, Range(least=1)]
+Count = Annotated[int, Range(least=0)]
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]
+Positive = Annotated[float, Range(above=0)]
+FloatingDType = Annotated[Any, _Floating()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,27 +119,13 @@ class Polarization:
       exp(ΔA) leaks at small Δ: 0.905 and 0.37 at Δ = 1e-3.
   """
 
-  ones: int = 0
-  zeros: int = 0
+  ones: Count = 0
+  zeros: Count = 0
   placement: Literal["add", "replace"] = "add"
   zero_decay: Literal["exact", "authors", "paper"] = "exact"
 
   def __post_init__(self):
-    for name in ("ones", "zeros"):
-      if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-        raise ValueError(
-          f"Polarization: {name} is {getattr(self, name)!r}, expected a"
-          " number of channels, 0 or more."
-        )
-    check_choice(
-      "Polarization", "placement", self.placement, ("add", "replace")
-    )
-    check_choice(
-      "Polarization",
-      "zero_decay",
-      self.zero_decay,
-      ("exact", "authors", "paper"),
-    )
+    check_fields(self)
 
   def total(self, learned: int) -> int:
     """Channels of the state when the decay has `learned` channels."""
@@ -318,6 +363,58 @@ def check_shapes(
   return sizes
 
 
+def check_fields(config: Any) -> None:
+  """Check every field of a dataclass against its annotation.
+
+  For `__post_init__` of a configuration, a user's own too. A field is `int`
+  (NumPy's integers too, but no bool), `float` (any finite real number but a
+  bool), `bool`, `str`, a `Literal`, a tuple, a class, one of those or None; an
+  `Annotated` number has a `Range`, and `FloatingDType` takes a dtype or its
+  name. What is written otherwise but means the same is put in one form, so
+  that equal configurations are equal and hashable: a float for an integer's
+  value, a tuple for a list, a NumPy dtype for `jnp.float32`.
+
+  Raises:
+    ValueError: `MambaConfig: d_state is 0, expected an integer of at least 1.`
+
+  >>> @dataclasses.dataclass(frozen=True)
+  ... class Config:
+  ...   rates: tuple[Positive, ...]
+  ...   __post_init__ = check_fields
+  >>> Config(rates=[1, 2])
+  Config(rates=(1.0, 2.0))
+  """
+  name = type(config).__name__
+  for field, annotation in field_annotations(type(config)).items():
+    value = check_value(f"{name}: {field}", annotation, getattr(config, field))
+    object.__setattr__(config, field, value)
+
+
+def check_value(where: str, annotation: Any, value: Any) -> Any:
+  """Give a value in the form that an annotation wants, see `check_fields`.
+
+  Args:
+    where: names the value in the message: `"MambaConfig: d_state"`.
+    annotation: as `field_annotations` gives it.
+    value: what was found.
+
+  Raises:
+    ValueError: the value is not what the annotation says.
+  """
+  for option in _options(annotation):
+    found = _converted(where, option, value)
+    if found is not _MISFIT:
+      return found
+  raise ValueError(f"{where} is {value!r}, expected {_described(annotation)}.")
+
+
+@functools.cache
+def field_annotations(kind: type) -> dict[str, Any]:
+  """Give the annotation of each field of a dataclass, with its `Range`."""
+  hints = typing.get_type_hints(kind, include_extras=True)
+  return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
 def check_choice(function: str, name: str, value: Any, choices) -> None:
   """Raise ValueError unless `value` is one of `choices`."""
   if value not in choices:
@@ -414,3 +511,108 @@ def state_dtype(*values: Any):
   if any(v is not None and jnp.iscomplexobj(v) for v in values):
     return jnp.dtype("complex128" if real == "float64" else "complex64")
   return real
+
+
+_MISFIT = object()
+
+
+def _options(annotation) -> tuple[Any, ...]:
+  """The alternatives of an annotation; of most, itself alone."""
+  if isinstance(annotation, typing.TypeAliasType):
+    return _options(annotation.__value__)
+  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    return sum(map(_options, arguments), ())
+  if origin is Annotated:
+    base, *marks = arguments
+    return tuple(Annotated[(option, *marks)] for option in _options(base))
+  return (annotation,)
+
+
+def _split(option) -> tuple[Any, tuple[Any, ...]]:
+  """One alternative without its marks, and these."""
+  if typing.get_origin(option) is Annotated:
+    base, *marks = typing.get_args(option)
+    return base, tuple(marks)
+  return option, ()
+
+
+def _converted(where, option, value):
+  """The value as one alternative has it, or `_MISFIT`."""
+  base, marks = _split(option)
+  origin = typing.get_origin(base)
+  number = isinstance(value, int | float | np.integer | np.floating)
+  number = number and not isinstance(value, bool)
+  if any(isinstance(mark, _Floating) for mark in marks):
+    return _floating_dtype(value)
+  if base is Any:
+    return value
+  if base in (int, float):
+    whole = isinstance(value, int | np.integer)
+    if not number or (base is int and not whole):
+      return _MISFIT
+    try:
+      value = base(value)
+    except OverflowError:
+      return _MISFIT
+    limits = [mark for mark in marks if isinstance(mark, Range)]
+    fits = math.isfinite(value) and all(value in limit for limit in limits)
+  elif origin is Literal:
+    choices = typing.get_args(base)
+    # Not by `in` alone: 1 is equal to True, an array has no truth.
+    fits = any(type(value) is type(c) and value == c for c in choices)
+  elif origin is tuple and isinstance(value, tuple | list):
+    return _converted_tuple(where, typing.get_args(base), value)
+  else:
+    # A class is no instance of the protocol that its instances fulfil.
+    kind = types.NoneType if base is None else origin or base
+    fits = isinstance(value, kind) and not isinstance(value, type)
+  return value if fits else _MISFIT
+
+
+def _converted_tuple(where, entries, values):
+  if entries[1:] == (...,):
+    entries = entries[:1] * len(values)
+  if len(entries) != len(values):
+    return _MISFIT
+  return tuple(
+    check_value(f"{where}[{index}]", entry, value)
+    for index, (entry, value) in enumerate(zip(entries, values, strict=True))
+  )
+
+
+def _floating_dtype(value):
+  # NumPy takes None and float for float64, and an array for its own.
+  if value is float or not isinstance(value, str | type | np.dtype):
+    return _MISFIT
+  try:
+    dtype = jnp.dtype(value)
+  except (TypeError, ValueError):
+    return _MISFIT
+  return dtype if jnp.issubdtype(dtype, jnp.floating) else _MISFIT
+
+
+def _described(annotation) -> str:
+  """An annotation as an error says it."""
+  options = _options(annotation)
+  literals = [o for o in options if typing.get_origin(o) is Literal]
+  if literals:
+    choices = sum(map(typing.get_args, literals), ())
+    none = (None,) if types.NoneType in options else ()
+    return f"one of {', '.join(map(repr, none + choices))}"
+  if len(options) > 1:
+    return " or ".join(map(_described, options))
+  base, marks = _split(options[0])
+  if any(isinstance(mark, _Floating) for mark in marks):
+    return "a floating dtype, as jnp.float32"
+  limits = "".join(str(mark) for mark in marks if isinstance(mark, Range))
+  entries = typing.get_args(base)
+  if typing.get_origin(base) is tuple and entries[1:] == (...,):
+    return f"a tuple, each entry {_described(entries[0])}"
+  if typing.get_origin(base) is tuple:
+    return f"a tuple ({', '.join(map(_described, entries))})"
+  names = {types.NoneType: "None", int: "an integer", float: "a finite number"}
+  names |= {bool: "True or False", str: "a string"}
+  name = getattr(base, "__name__", str(base))
+  article = "an" if name[0] in "AEIOUaeiou" else "a"
+  return names.get(base, f"{article} {name}") + limits

@@ -66,10 +66,10 @@ def test_number_without_a_fraction_is_a_number():
     (("d_model",), "64", "d_model is '64', expected an integer"),
     (("d_model",), None, "d_model is None, expected an integer"),
     (("mlp_ratio",), True, "mlp_ratio is True, expected an integer"),
-    (("norm_epsilon",), "x", "norm_epsilon is 'x', expected a number"),
-    (("remat",), 1, "remat is 1, expected true or false"),
-    (("max_positions",), 1.5, "1.5, expected an integer or null"),
-    (("init",), "torch", "init is 'torch', expected 'mamba' or 'authors'"),
+    (("norm_epsilon",), "x", "norm_epsilon is 'x', expected a fini"),
+    (("remat",), 1, "remat is 1, expected True or False"),
+    (("max_positions",), 1.5, "1.5, expected an integer .* or None"),
+    (("init",), "torch", "init is 'torch', expected one of 'mamba', 'au"),
     (("dtype",), "int32", "dtype is 'int32', expected a floating dtype"),
     (("dtype",), "number", "dtype is 'number', expected a floating dtype"),
     (("dtype",), None, "dtype is None, expected a floating dtype"),
@@ -77,13 +77,13 @@ def test_number_without_a_fraction_is_a_number():
     (("mixers", 0), "mamba", r"mixers\[0\] is 'mamba', expected an object"),
     (("mixers", 1, "mixer"), "rwkv", r"mixers\[1\].mixer is 'rwkv', expected"),
     (("mixers", 0, "rank"), 1, r"mixers\[0\].rank is no field of a MambaC"),
-    (("mixers", 0, "implementation"), "cuda", "'cuda', expected 'reference'"),
+    (("mixers", 0, "implementation"), "cuda", "'cuda', expected one of"),
     (
       ("mixers", 0, "polarization", "twos"),
       1,
       r"mixers\[0\].polarization.twos is no field of a Polarization",
     ),
-    (("mixers", 0, "polarization"), 3, "polarization is 3, expected an object"),
+    (("mixers", 0, "polarization"), 3, "polarization is 3, expected a Polar"),
     (("mixers", 0, "polarization", "ones"), -1, "ones is -1, expected"),
     (("n_layers",), 3, "n_layers is 3, expected a multiple"),
   ],
@@ -101,7 +101,7 @@ def test_wrong_field_is_refused_by_its_name(path, value, error):
 def test_field_without_a_default_must_be_there():
   fields = config_to_json(MIXED)
   del fields["d_model"]
-  with pytest.raises(ValueError, match="d_model is missing, expected an int"):
+  with pytest.raises(ValueError, match="d_model is missing, a ModelConfig"):
     config_from_json(fields)
 
 

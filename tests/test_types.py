@@ -55,8 +55,8 @@ def test_polarization_counts_the_channels_of_the_state():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    (dict(ones=-1), "Polarization: ones is -1, expected a number of channels"),
-    (dict(zeros=1.0), "Polarization: zeros is 1.0, expected a number"),
+    (dict(ones=-1), "Polarization: ones is -1, expected an integer of"),
+    (dict(zeros=1.0), "Polarization: zeros is 1.0, expected an integer"),
     (dict(placement="swap"), "placement is 'swap', expected one of 'add'"),
     (dict(zero_decay="-100"), "zero_decay is '-100', expected one of 'exact'"),
   ],

@@ -18,11 +18,12 @@ al. 2025, ICLR, arXiv 2501.00658, for the mixes.
 import dataclasses
 import functools
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ssmjax.types import Count, Size, check_fields
 
 # What a position without a query has as its label.
 IGNORE = -100
@@ -73,22 +74,17 @@ class RecallConfig:
   28
   """
 
-  length: int
-  num_pairs: int
-  vocab_size: int = 8192
+  length: Size
+  num_pairs: Size
+  vocab_size: Size = 8192
   power: float = 0.01
   random_fillers: bool = False
-  query_keys: tuple[int, int] | None = None
-  query_slots: tuple[int, int] | None = None
-  num_queries: int | None = None
+  query_keys: tuple[Count, Count] | None = None
+  query_slots: tuple[Count, Count] | None = None
+  num_queries: Size | None = None
 
   def __post_init__(self):
-    check_positive(
-      "RecallConfig",
-      length=self.length,
-      num_pairs=self.num_pairs,
-      vocab_size=self.vocab_size,
-    )
+    check_fields(self)
     length, pairs = self.length, self.num_pairs
     if length % 2:
       raise ValueError(
@@ -107,20 +103,13 @@ class RecallConfig:
         f"RecallConfig: vocab_size={self.vocab_size} has {most} keys, expected "
         f"at least num_pairs={pairs}. Use vocab_size >= {2 * pairs + 2}."
       )
-    if not math.isfinite(self.power):
-      raise ValueError(
-        f"RecallConfig: power={self.power}, expected a finite number; 1 makes "
-        "all slots equally likely."
-      )
     for name, size in (("query_keys", pairs), ("query_slots", self.num_slots)):
       given = getattr(self, name)
-      if given is not None and not _is_range(given, size):
+      if given is not None and not 0 <= given[0] < given[1] <= size:
         raise ValueError(
           f"RecallConfig: {name}={given!r}, expected None or ints (lo, hi) "
           f"with 0 <= lo < hi <= {size}."
         )
-    if self.num_queries is not None:
-      check_positive("RecallConfig", num_queries=self.num_queries)
     for name, (_, size) in (
       ("query_keys", self._key_range),
       ("query_slots", self._slot_range),
@@ -295,13 +284,6 @@ def _example(config: RecallConfig, seed, index) -> RecallBatch:
 @functools.partial(jax.jit, static_argnums=0)
 def _examples(config: RecallConfig, seed, indices) -> RecallBatch:
   return jax.vmap(lambda index: _example(config, seed, index))(indices)
-
-
-def _is_range(given, size: int) -> bool:
-  match given:
-    case (int(low), int(high)) if isinstance(given, tuple):
-      return 0 <= low < high <= size
-  return False
 
 
 def _write(sequence, positions, values):

@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 from typing import Any
 
-from ssmjax.data.recall import RecallConfig, check_positive
+from ssmjax.data.recall import RecallConfig
+from ssmjax.types import Size, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +23,14 @@ class RecallMix:
   300000
   """
 
-  segments: tuple[tuple[RecallConfig, int], ...]
+  segments: tuple[tuple[RecallConfig, Size], ...]
 
   def __post_init__(self):
+    check_fields(self)
     if not self.segments:
       raise ValueError(
         "RecallMix: segments is empty, expected (RecallConfig, int) pairs."
       )
-    for number, (_, size) in enumerate(self.segments):
-      check_positive(f"RecallMix: segment {number}", num_examples=size)
 
   @property
   def num_examples(self) -> int:

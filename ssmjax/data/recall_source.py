@@ -14,6 +14,7 @@ from ssmjax.data.recall import (
   recall_examples,
 )
 from ssmjax.data.recall_mixes import RecallMix
+from ssmjax.types import Count, Seed, Size, check_fields
 
 if TYPE_CHECKING:
   import grain
@@ -40,14 +41,12 @@ class RecallSource:
   """
 
   config: RecallConfig
-  num_examples: int
-  seed: int
-  start: int = 0
+  num_examples: Size
+  seed: Seed
+  start: Count = 0
 
   def __post_init__(self):
-    check_positive("RecallSource", num_examples=self.num_examples)
-    as_uint32("RecallSource", "seed", self.seed)
-    as_uint32("RecallSource", "start", self.start)
+    check_fields(self)
     as_uint32(
       "RecallSource", "start + num_examples", self.start + self.num_examples
     )

@@ -12,14 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssmjax.data.recall import (
-  Integer,
-  RecallBatch,
-  as_uint32,
-  check_positive,
-  recall_examples,
-)
+from ssmjax.data.recall import Integer, RecallBatch, as_uint32, recall_examples
 from ssmjax.data.recall_mixes import RecallMix
+from ssmjax.types import Size, check_fields
 
 
 class RecallKind(NamedTuple):
@@ -65,20 +60,13 @@ class RecallStream:
   """
 
   mix: RecallMix
-  batch_size: int
+  batch_size: Size
   order: Literal["shuffled", "sequential"] = "shuffled"
   fresh: bool = False
-  run_length: int = 1
+  run_length: Size = 1
 
   def __post_init__(self):
-    check_positive(
-      "RecallStream", batch_size=self.batch_size, run_length=self.run_length
-    )
-    if self.order not in ("shuffled", "sequential"):
-      raise ValueError(
-        f"RecallStream: order={self.order!r}, expected 'shuffled' or "
-        "'sequential'."
-      )
+    check_fields(self)
     if self.order == "sequential":
       if self.run_length != 1:
         raise ValueError(

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssmjax.data.recall import as_uint32, check_positive
+from ssmjax.data.recall import check_positive
 from ssmjax.data.text_tokens import TextCorpus
-from ssmjax.types import Array, Float, Int
+from ssmjax.types import Array, Count, Float, Int, Seed, Size, check_fields
 
 if TYPE_CHECKING:
   import grain
@@ -69,31 +69,22 @@ array([[1, 1, 1, 2, 2, 0]], dtype=int32))
   """
 
   corpus: TextCorpus
-  length: int
-  batch_size: int
-  shuffle_seed: int | None = None
+  length: Size
+  batch_size: Size
+  shuffle_seed: Seed | None = None
   drop_remainder: bool = False
-  processes: tuple[int, int] | None = None
+  processes: tuple[Count, Size] | None = None
 
   def __post_init__(self):
-    check_positive("TextSource", length=self.length, batch_size=self.batch_size)
-    if self.shuffle_seed is not None:
-      as_uint32("TextSource", "shuffle_seed", self.shuffle_seed)
+    check_fields(self)
     if not len(self):
       raise ValueError(
         f"TextSource: the corpus fills {self._rows} rows of length="
         f"{self.length}, expected at least batch_size={self.batch_size}. Take "
         "smaller ones, more text, or drop_remainder=False."
       )
-    match self.processes:
-      case None | (int(), int()):
-        if self.processes:
-          self._share(*self.processes)
-      case _:
-        raise ValueError(
-          f"TextSource: processes={self.processes!r}, expected None or (index "
-          "of this process, number of processes)."
-        )
+    if self.processes is not None:
+      self._share(*self.processes)
 
   def __len__(self) -> int:
     """Batches in an epoch."""

@@ -3,25 +3,24 @@
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import Annotated, ClassVar, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ssmjax.models.layers import (
-  affine,
-  check_choices,
-  check_sizes,
-  normal,
-  torch_uniform,
-)
+from ssmjax.models.layers import affine, normal, torch_uniform
 from ssmjax.models.softmax import attend, attend_window
 from ssmjax.ops.segments import segment_masks
 from ssmjax.types import (
   Array,
   Float,
+  FloatingDType,
   Int,
+  Positive,
+  Range,
+  Size,
+  check_fields,
   check_segment_ids,
   check_shapes,
 )
@@ -79,32 +78,25 @@ class AttentionConfig:
   op: ClassVar[str | None] = None
   polarizes: ClassVar[str | None] = None
 
-  num_heads: int = 1
+  num_heads: Size = 1
   positions: Literal["rope", "none"] = "rope"
-  rope_theta: float = 10_000.0
-  max_length: int = 2048
-  window: int | None = None
+  rope_theta: Positive = 10_000.0
+  max_length: Size = 2048
+  window: Size | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
-  num_kv_heads: int | None = None
-  head_dim: int | None = None
-  rotary_fraction: float = 1.0
+  dtype: FloatingDType = jnp.float32
+  num_kv_heads: Size | None = None
+  head_dim: Size | None = None
+  rotary_fraction: Annotated[float, Range(above=0, most=1)] = 1.0
   bias: bool = False
   out_bias: bool = False
 
   def __post_init__(self):
-    check_choices(self)
-    check_sizes(self, {"num_heads": 1, "max_length": 1, "window": 1})
-    check_sizes(self, {"num_kv_heads": 1, "head_dim": 1})
+    check_fields(self)
     if self.num_heads % self.kv_heads:
       raise ValueError(
         f"AttentionConfig: num_heads is {self.num_heads}, expected a multiple"
         f" of num_kv_heads={self.num_kv_heads}."
-      )
-    if not 0 < self.rotary_fraction <= 1:
-      raise ValueError(
-        f"AttentionConfig: rotary_fraction is {self.rotary_fraction}, expected"
-        " above 0 and at most 1. For no positions, use positions='none'."
       )
 
   @property

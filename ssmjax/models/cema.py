@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,8 @@ from ssmjax import ops
 from ssmjax.models.layers import (
   RMSNorm,
   affine,
-  check_choices,
   check_exact,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   linear_weight,
@@ -29,9 +27,13 @@ from ssmjax.types import (
   Array,
   Complex,
   Float,
+  FloatingDType,
   Int,
   Polarization,
+  Positive,
   Recurrence,
+  Size,
+  check_fields,
 )
 
 __all__ = ["CEMA", "CEMAConfig", "CEMAState"]
@@ -68,18 +70,17 @@ class CEMAConfig:
   op: ClassVar[str | None] = "lti_scan"
   polarizes: ClassVar[str | None] = "channels"
 
-  d_state: int = 16
+  d_state: Size = 16
   gate: bool = True
-  expand: int = 2
-  norm_epsilon: float = 1e-5
+  expand: Size = 2
+  norm_epsilon: Positive = 1e-5
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "associative", "chunked"] | None = None
 
   def __post_init__(self):
-    check_sizes(self, {"d_state": 1, "expand": 1})
-    check_choices(self)
+    check_fields(self)
     check_exact("CEMAConfig", self.polarization)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "CEMA":

@@ -1,16 +1,14 @@
 """RWKV's channel mix: an MLP that sees the token before, too."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import ClassVar, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax.models.layers import (
-  check_choices,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   linear_weight,
@@ -22,7 +20,7 @@ from ssmjax.models.token_shift import (
   token_shift,
   token_shift_step,
 )
-from ssmjax.types import Array, Float, Int
+from ssmjax.types import Array, Float, FloatingDType, Int, Size, check_fields
 
 __all__ = ["RWKVChannelMix", "RWKVChannelMixConfig", "RWKVChannelMixState"]
 
@@ -51,13 +49,12 @@ class RWKVChannelMixConfig:
   op: ClassVar[str | None] = None
   polarizes: ClassVar[str | None] = None
 
-  width: int | None = None
+  width: Size | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
 
   def __post_init__(self):
-    check_sizes(self, {"width": 1})
-    check_choices(self)
+    check_fields(self)
 
   def build(
     self, d_model: int, n_layers: int, rngs: nnx.Rngs

@@ -1,13 +1,13 @@
 """Configurations of whole models: sizes, the pattern of mixers, choices."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 
-from ssmjax.models.layers import check_choices, check_sizes
 from ssmjax.models.mamba import MambaConfig
 from ssmjax.models.mixer import MixerConfig
+from ssmjax.types import Count, FloatingDType, Positive, Size, check_fields
 
 __all__ = ["ClassifierConfig", "MixerConfig", "ModelConfig"]
 
@@ -20,7 +20,8 @@ class ModelConfig:
     vocab_size: V.
     d_model: width.
     n_layers: blocks, a multiple of the pattern's length.
-    mixers: the pattern of mixers, repeated; one entry for a uniform model.
+    mixers: the pattern of mixers, repeated; one entry for a uniform model, or
+      that mixer's configuration by itself.
     mlp_ratio: hidden width of each block's MLP over d_model; 0 for no MLP.
     max_positions: size of a table of learned positions added to the
       embedding; None for none.
@@ -51,40 +52,34 @@ class ModelConfig:
       these. None for all of them.
   """
 
-  vocab_size: int
-  d_model: int
-  n_layers: int
+  vocab_size: Size
+  d_model: Size
+  n_layers: Size
   mixers: tuple[MixerConfig, ...] = (MambaConfig(),)
-  mlp_ratio: int = 0
-  max_positions: int | None = None
-  norm_epsilon: float = 1e-5
+  mlp_ratio: Count = 0
+  max_positions: Size | None = None
+  norm_epsilon: Positive = 1e-5
   final_norm: Literal["rms", "layer"] = "rms"
   init: Literal["mamba", "authors"] = "mamba"
   remat: bool = True
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   tie_embeddings: bool = True
   block_norm: Literal["rms", "layer"] = "rms"
   embedding_norm: bool = False
   embedding_scale: float = 1.0
-  logit_softcap: float | None = None
+  logit_softcap: Positive | None = None
   mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
-  mlp_width: int | None = None
+  mlp_width: Size | None = None
   mlp_bias: bool = False
   parallel_residual: bool = False
-  true_vocab_size: int | None = None
+  true_vocab_size: Size | None = None
 
   def __post_init__(self):
-    check_sizes(self, {"vocab_size": 1, "true_vocab_size": 1})
-    _check_blocks(self)
+    _check_fields(self)
     if (self.true_vocab_size or 0) > self.vocab_size:
       raise ValueError(
         f"ModelConfig: true_vocab_size is {self.true_vocab_size}, expected at"
         f" most vocab_size={self.vocab_size}, the rows of the table."
-      )
-    if self.logit_softcap is not None and not self.logit_softcap > 0:
-      raise ValueError(
-        f"ModelConfig: logit_softcap is {self.logit_softcap}, expected a number"
-        " above 0, or None."
       )
 
 
@@ -118,43 +113,52 @@ class ClassifierConfig:
     parallel_residual: mixer and MLP side by side.
   """
 
-  n_classes: int
-  d_model: int
-  n_layers: int
-  vocab_size: int | None = None
-  n_features: int | None = None
+  n_classes: Size
+  d_model: Size
+  n_layers: Size
+  vocab_size: Size | None = None
+  n_features: Size | None = None
   mixers: tuple[MixerConfig, ...] = (MambaConfig(),)
   pooling: Literal["mean", "last", "token"] = "mean"
-  mlp_ratio: int = 0
-  max_positions: int | None = None
-  norm_epsilon: float = 1e-5
+  mlp_ratio: Count = 0
+  max_positions: Size | None = None
+  norm_epsilon: Positive = 1e-5
   final_norm: Literal["rms", "layer"] = "rms"
   init: Literal["mamba", "authors"] = "mamba"
   remat: bool = True
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   block_norm: Literal["rms", "layer"] = "rms"
   embedding_norm: bool = False
   mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
-  mlp_width: int | None = None
+  mlp_width: Size | None = None
   mlp_bias: bool = False
   parallel_residual: bool = False
 
   def __post_init__(self):
-    check_sizes(self, {"n_classes": 1, "vocab_size": 1, "n_features": 1})
+    _check_fields(self)
     if (self.vocab_size is None) == (self.n_features is None):
       raise ValueError(
         f"ClassifierConfig: vocab_size is {self.vocab_size} and n_features is"
         f" {self.n_features}, expected one of them: tokens or features."
       )
-    _check_blocks(self)
 
 
-def _check_blocks(config):
-  """Raise ValueError for what blocks cannot be built of."""
+def _check_fields(config):
+  """Raise ValueError for what a model cannot be built of."""
   name = type(config).__name__
-  check_choices(config)
-  check_sizes(config, {"d_model": 1, "n_layers": 1, "mlp_ratio": 0})
-  check_sizes(config, {"max_positions": 1, "mlp_width": 1})
+  if not isinstance(config.mixers, tuple | list):
+    # One alone is a pattern of one.
+    object.__setattr__(config, "mixers", (config.mixers,))
+  check_fields(config)
+  for index, mixer in enumerate(config.mixers):
+    try:
+      hash(mixer)
+    except TypeError as error:
+      raise ValueError(
+        f"{name}: mixers[{index}] is a {type(mixer).__name__} without a hash,"
+        " expected a hashable configuration, as of a frozen dataclass: it is"
+        " part of what a compiled program belongs to."
+      ) from error
   if not config.mixers or config.n_layers % len(config.mixers):
     raise ValueError(
       f"{name}: n_layers is {config.n_layers}, expected a multiple of"

@@ -1,16 +1,15 @@
 """Model configurations as JSON, so that a model can be built from a file."""
 
 import dataclasses
-import types
 import typing
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from ssmjax.models.config import ClassifierConfig, ModelConfig
 from ssmjax.models.kinds import MIXERS, kind_of, kinds
-from ssmjax.types import Polarization
+from ssmjax.types import FloatingDType, check_value, field_annotations
 
 __all__ = [
   "config_from_json",
@@ -184,51 +183,34 @@ def _read(kind, fields, where):
       f" {kind.__name__}, expected some of {', '.join(known)}. It may come"
       " from a later version."
     )
-  hints = typing.get_type_hints(kind)
+  hints = field_annotations(kind)
   values = {}
   for name, field in known.items():
     if name in fields:
       values[name] = _value(hints[name], fields[name], where + name)
     elif field.default is field.default_factory is dataclasses.MISSING:
       raise ValueError(
-        f"config_from_json: {where}{name} is missing, expected"
-        f" {_expected(hints[name])}."
+        f"config_from_json: {where}{name} is missing, a {kind.__name__} has no"
+        " default for it."
       )
   return kind(**values)
 
 
 def _value(hint, value, where):
   """A value as its annotation wants it, or the error that names it."""
-  if where.rpartition(".")[2] == "dtype":
-    return _dtype(value, where)
   if where == "mixers":
     return value
-  options = typing.get_args(hint) if _is_union(hint) else (hint,)
-  for option in options:
-    if option is type(None):
-      fits = value is None
-    elif typing.get_origin(option) is Literal:
-      choices = typing.get_args(option)
-      fits = any(value == c and type(value) is type(c) for c in choices)
-    elif option is tuple or typing.get_origin(option) is tuple:
-      if isinstance(value, list):
-        return _tuple(typing.get_args(option), value, where)
-      continue
-    elif option is Any:
-      return _tuple((), value, where) if isinstance(value, list) else value
-    elif dataclasses.is_dataclass(option):
-      if isinstance(value, dict):
-        return _read(option, value, f"{where}.")
-      continue
-    elif option is float:
-      # JSON does not tell 1.0 from 1; True is no number.
-      fits = isinstance(value, int | float) and not isinstance(value, bool)
-      value = float(value) if fits else value
-    else:
-      fits = type(value) is option
-    if fits:
-      return value
-  raise _refusal(where, value, _expected(hint))
+  options = typing.get_args(hint) or (hint,)
+  for option in (hint, *options):
+    if isinstance(value, dict) and dataclasses.is_dataclass(option):
+      return _read(option, value, f"{where}.")
+    if isinstance(value, list) and tuple in (option, typing.get_origin(option)):
+      return _tuple(typing.get_args(option), value, where)
+  if hint is Any and isinstance(value, list):
+    return _tuple((), value, where)
+  if hint is Any and where.rpartition(".")[2] == "dtype":
+    hint = FloatingDType
+  return check_value(f"config_from_json: {where}", hint, value)
 
 
 def _tuple(hints, values, where):
@@ -241,33 +223,6 @@ def _tuple(hints, values, where):
     raise _refusal(where, values, f"a list of {len(hints)}")
   pairs = enumerate(zip(hints, values, strict=True))
   return tuple(_value(hint, v, f"{where}[{i}]") for i, (hint, v) in pairs)
-
-
-def _dtype(value, where):
-  found = getattr(jnp, value, None) if isinstance(value, str) else None
-  try:
-    if found is not None and jnp.issubdtype(found, jnp.floating):
-      return found
-  except TypeError:
-    pass
-  raise _refusal(where, value, "a floating dtype's name, as float32")
-
-
-def _expected(hint) -> str:
-  """An annotation as an error says it."""
-  if _is_union(hint):
-    return " or ".join(map(_expected, typing.get_args(hint)))
-  if typing.get_origin(hint) is Literal:
-    return " or ".join(map(repr, typing.get_args(hint)))
-  if hint is tuple or typing.get_origin(hint) is tuple:
-    return "a list"
-  names = {type(None): "null", int: "an integer", float: "a number"}
-  names |= {bool: "true or false", Polarization: "an object"}
-  return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _is_union(hint) -> bool:
-  return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _object(value, where, kind):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import ClassVar, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,23 @@ from ssmjax.models.layers import (
   RMSNorm,
   ShortConv,
   affine,
-  check_choices,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   linear_weight,
   output_weight,
 )
 from ssmjax.models.mamba import check_dt_range, log_uniform_dt_bias
-from ssmjax.types import Array, Float, Int
+from ssmjax.types import (
+  Array,
+  Count,
+  Float,
+  FloatingDType,
+  Int,
+  Positive,
+  Size,
+  check_fields,
+)
 
 __all__ = [
   "DeltaNet",
@@ -78,29 +85,27 @@ class DeltaNetConfig:
   op: ClassVar[str | None] = "delta_rule"
   polarizes: ClassVar[str | None] = None
 
-  num_heads: int = 4
-  num_key_heads: int | None = None
-  key_dim: int | None = None
-  expand_v: float = 1.0
-  d_conv: int = 4
+  num_heads: Size = 4
+  num_key_heads: Size | None = None
+  key_dim: Size | None = None
+  expand_v: Positive = 1.0
+  d_conv: Count = 4
   feature_map: Literal["silu", "elu"] = "silu"
   normalize: Literal["l2", "sum"] = "l2"
   allow_negative: bool = False
   output_gate: bool = False
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "chunked"] | None = None
 
   def __post_init__(self):
     function = type(self).__name__
-    least = dict(num_heads=1, num_key_heads=1, key_dim=1, d_conv=0)
-    check_sizes(self, least)
+    check_fields(self)
     if self.num_key_heads and self.num_heads % self.num_key_heads:
       raise ValueError(
         f"{function}: num_key_heads is {self.num_key_heads}, expected a"
         f" divisor of num_heads={self.num_heads}."
       )
-    check_choices(self)
     if self.normalize == "sum" and self.feature_map == "silu":
       raise ValueError(
         f"{function}: normalize is 'sum' with feature_map='silu', whose sum"
@@ -126,12 +131,12 @@ class GatedDeltaNetConfig(DeltaNetConfig):
     rate_max: largest rate at initialisation; it is uniform between them.
   """
 
-  expand_v: float = 2.0
+  expand_v: Positive = 2.0
   output_gate: bool = True
-  dt_min: float = 1e-3
-  dt_max: float = 1e-1
-  rate_min: float = 0.01
-  rate_max: float = 16.0
+  dt_min: Positive = 1e-3
+  dt_max: Positive = 1e-1
+  rate_min: Positive = 0.01
+  rate_max: Positive = 16.0
 
   def __post_init__(self):
     super().__post_init__()

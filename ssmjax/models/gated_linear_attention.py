@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ from jax.lax import Precision
 from ssmjax.models.layers import (
   RMSNorm,
   affine,
-  check_sizes,
   dense,
   linear_weight,
   torch_uniform,
@@ -23,7 +22,7 @@ from ssmjax.models.matrix_memory import (
   merge_heads,
 )
 from ssmjax.polarization import polarize_log
-from ssmjax.types import Polarization
+from ssmjax.types import Polarization, Positive, Range, Size
 
 __all__ = ["GLA", "HGRN2", "GLAConfig", "HGRN2Config"]
 
@@ -49,21 +48,12 @@ class GLAConfig(MatrixMixerConfig):
 
   polarizes: ClassVar[str | None] = "channels"
 
-  expand_k: float = 0.5
-  expand_v: float = 1.0
-  gate_rank: int = 16
-  gate_temperature: float = 16.0
-  epsilon: float = 1e-5
+  expand_k: Positive = 0.5
+  expand_v: Positive = 1.0
+  gate_rank: Size = 16
+  gate_temperature: Positive = 16.0
+  epsilon: Positive = 1e-5
   polarization: Polarization | None = None
-
-  def __post_init__(self):
-    super().__post_init__()
-    check_sizes(self, {"gate_rank": 1})
-    if not self.gate_temperature > 0:
-      raise ValueError(
-        f"GLAConfig: gate_temperature is {self.gate_temperature}, expected a"
-        " positive number."
-      )
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "GLA":
     """Make the mixer for a model of this width and depth."""
@@ -89,17 +79,9 @@ class HGRN2Config(MatrixMixerConfig):
 
   polarizes: ClassVar[str | None] = "channels"
 
-  lower_bound: float = 0.0
-  epsilon: float = 1e-5
+  lower_bound: Annotated[float, Range(least=0, below=1)] = 0.0
+  epsilon: Positive = 1e-5
   polarization: Polarization | None = None
-
-  def __post_init__(self):
-    super().__post_init__()
-    if not 0 <= self.lower_bound < 1:
-      raise ValueError(
-        f"HGRN2Config: lower_bound is {self.lower_bound}, expected"
-        " 0 <= lower_bound < 1."
-      )
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "HGRN2":
     """Make the mixer for a model of this width and depth."""

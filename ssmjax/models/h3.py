@@ -1,7 +1,7 @@
 """H3: a shift and a diagonal system between two products."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import ClassVar, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,12 @@ from ssmjax.models.s4_block import check_system
 from ssmjax.types import (
   Array,
   Float,
+  FloatingDType,
   Inexact,
   Int,
   Polarization,
+  Positive,
+  Size,
 )
 
 __all__ = ["H3", "H3Config", "H3State"]
@@ -65,20 +68,20 @@ class H3Config:
   op: ClassVar[str | None] = "lti_scan"
   polarizes: ClassVar[str | None] = "channels"
 
-  d_state: int = 32
-  head_dim: int = 1
-  d_conv: int = 4
+  d_state: Size = 32
+  head_dim: Size = 1
+  d_conv: Size = 4
   spectrum: Literal["legs", "lin", "inv", "real"] = "lin"
   discretization: Literal["bilinear", "zoh"] = "bilinear"
-  dt_min: float = 1e-3
-  dt_max: float = 1e-1
+  dt_min: Positive = 1e-3
+  dt_max: Positive = 1e-1
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "associative", "chunked"] | None = None
 
   def __post_init__(self):
-    check_system(self, {"d_state": 1, "head_dim": 1, "d_conv": 1})
+    check_system(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "H3":
     """Make the mixer for a model of this width and depth."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import Annotated, ClassVar, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,23 @@ from ssmjax.models.attention import token_positions
 from ssmjax.models.layers import (
   ShortConv,
   affine,
-  check_choices,
   check_mixer,
-  check_sizes,
   clear_padding,
   linear_weight,
   output_weight,
   torch_uniform,
 )
-from ssmjax.types import Array, Float, Int
+from ssmjax.types import (
+  Array,
+  Count,
+  Float,
+  FloatingDType,
+  Int,
+  Positive,
+  Range,
+  Size,
+  check_fields,
+)
 
 __all__ = ["Hyena", "HyenaConfig", "HyenaState"]
 
@@ -72,37 +80,23 @@ class HyenaConfig:
   op: ClassVar[str | None] = "long_conv"
   polarizes: ClassVar[str | None] = None
 
-  order: int = 2
-  max_length: int = 2048
-  d_conv: int = 3
-  filter_width: int = 64
-  filter_layers: int = 2
-  filter_bands: int = 1
+  order: Annotated[int, Range(least=2)] = 2
+  max_length: Size = 2048
+  d_conv: Size = 3
+  filter_width: Size = 64
+  filter_layers: Count = 2
+  filter_bands: Size = 1
   frequency: float = 1.0
-  fast_decay: float = 0.3
-  slow_decay: float = 1.5
-  decay_target: float = 1e-2
+  fast_decay: Positive = 0.3
+  slow_decay: Positive = 1.5
+  decay_target: Annotated[float, Range(above=0, below=1)] = 1e-2
   window_shift: float = 0.0
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "fft"] | None = None
 
   def __post_init__(self):
-    sizes = ("max_length", "d_conv", "filter_width", "filter_bands")
-    check_sizes(
-      self, {"order": 2, "filter_layers": 0} | dict.fromkeys(sizes, 1)
-    )
-    for name in ("fast_decay", "slow_decay"):
-      if not getattr(self, name) > 0:
-        raise ValueError(
-          f"HyenaConfig: {name} is {getattr(self, name)}, expected more than 0."
-        )
-    if not 0 < self.decay_target < 1:
-      raise ValueError(
-        f"HyenaConfig: decay_target is {self.decay_target}, expected a number"
-        " between 0 and 1."
-      )
-    check_choices(self)
+    check_fields(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "Hyena":
     """Make the mixer for a model of this width and depth."""

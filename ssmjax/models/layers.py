@@ -1,9 +1,8 @@
 """What every model is made of: norms, projections, a convolution."""
 
-import dataclasses
 import functools
 import math
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from ssmjax.types import (
   Float,
   Int,
   Polarization,
-  check_choice,
   check_segment_ids,
   check_shapes,
 )
@@ -28,10 +26,8 @@ __all__ = [
   "RMSNorm",
   "ShortConv",
   "affine",
-  "check_choices",
   "check_exact",
   "check_mixer",
-  "check_sizes",
   "clear_padding",
   "dense",
   "fresh_state",
@@ -141,25 +137,6 @@ def check_mixer(
            "segment_ids": (segment_ids, letters)}
   )  # fmt: skip
   check_segment_ids(name, segment_ids)
-
-
-def check_sizes(config, least: dict[str, int]) -> None:
-  """Raise ValueError for a field of a configuration below its least value."""
-  for name, number in least.items():
-    size = getattr(config, name)
-    if size is not None and size < number:
-      raise ValueError(
-        f"{type(config).__name__}: {name} is {size}, expected {number} or more."
-      )
-
-
-def check_choices(config) -> None:
-  """Raise ValueError for a field that is none of its Literal's choices."""
-  for field in dataclasses.fields(config):
-    choices = _choices(field.type)
-    if choices:
-      value = getattr(config, field.name)
-      check_choice(type(config).__name__, field.name, value, choices)
 
 
 def check_exact(function: str, polarization: Polarization | None) -> None:
@@ -286,15 +263,6 @@ def torch_uniform(key, shape, fan_in: int) -> Array:
   """Draw from U(±1/√fan_in), PyTorch's default for linear layers."""
   bound = 1 / math.sqrt(fan_in)
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
-def _choices(annotation):
-  """What a `Literal`, or one with None, lets a field be; () for others."""
-  if get_origin(annotation) is Literal:
-    return get_args(annotation)
-  alternatives = get_args(annotation)
-  found = sum(map(_choices, alternatives), ())
-  return (None, *found) if found and type(None) in alternatives else found
 
 
 def _product(x, weight):

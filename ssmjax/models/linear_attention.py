@@ -11,12 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.lax import Precision
 
-from ssmjax.models.layers import (
-  LayerNorm,
-  RMSNorm,
-  check_sizes,
-  rotate_pairs,
-)
+from ssmjax.models.layers import LayerNorm, RMSNorm, rotate_pairs
 from ssmjax.models.matrix_memory import (
   LinearAttentionState,
   MatrixMixer,
@@ -24,7 +19,7 @@ from ssmjax.models.matrix_memory import (
   merge_heads,
 )
 from ssmjax.polarization import polarize_log
-from ssmjax.types import Polarization
+from ssmjax.types import Count, Polarization, Positive, Size
 
 __all__ = [
   "LinearAttention",
@@ -67,24 +62,18 @@ class LinearAttentionConfig(MatrixMixerConfig):
     head_norm: an RMS norm of each head after all that.
   """
 
-  expand_k: float = 1.0
-  expand_v: float = 1.0
+  expand_k: Positive = 1.0
+  expand_v: Positive = 1.0
   feature_map: FeatureMap = "elu"
-  num_features: int | None = None
-  feature_seed: int = 0
+  num_features: Size | None = None
+  feature_seed: Count = 0
   normalize: bool = True
-  epsilon: float = 1e-6
+  epsilon: Positive = 1e-6
   head_norm: bool = False
 
   def __post_init__(self):
     super().__post_init__()
     name = type(self).__name__
-    check_sizes(self, {"num_features": 1, "feature_seed": 0})
-    if not self.epsilon > 0:
-      raise ValueError(
-        f"{name}: epsilon is {self.epsilon}, expected a positive number:"
-        " padding has no weights to divide by."
-      )
     if self.normalize and self.feature_map == "linear":
       raise ValueError(
         f"{name}: normalize is True with feature_map='linear', expected False:"
@@ -116,11 +105,11 @@ class RetNetConfig(MatrixMixerConfig):
 
   polarizes: ClassVar[str | None] = "heads"
 
-  expand_k: float = 1.0
-  expand_v: float = 2.0
-  rope_theta: float = 10_000.0
+  expand_k: Positive = 1.0
+  expand_v: Positive = 2.0
+  rope_theta: Positive = 10_000.0
   norm: Literal["group", "rms"] = "group"
-  epsilon: float = 1e-6
+  epsilon: Positive = 1e-6
   polarization: Polarization | None = None
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "RetNet":

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import ClassVar, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,22 @@ from flax import nnx
 from ssmjax import ops
 from ssmjax.models.layers import (
   affine,
-  check_choices,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   linear_weight,
   output_weight,
   torch_uniform,
 )
-from ssmjax.types import Array, Float, Int
+from ssmjax.types import (
+  Array,
+  Float,
+  FloatingDType,
+  Int,
+  Positive,
+  Size,
+  check_fields,
+)
 
 __all__ = ["LMU", "LMUConfig", "LMUState"]
 
@@ -56,23 +62,17 @@ class LMUConfig:
   op: ClassVar[str | None] = "lti_matrix_scan"
   polarizes: ClassVar[str | None] = None
 
-  d_state: int = 64
-  channels: int = 4
-  window: float = 128.0
+  d_state: Size = 64
+  channels: Size = 4
+  window: Positive = 128.0
   measure: Literal["legt", "legs"] = "legt"
   activation: Literal["relu", "gelu"] = "relu"
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "chunked"] | None = None
 
   def __post_init__(self):
-    check_sizes(self, {"d_state": 1, "channels": 1})
-    if not self.window > 0:
-      raise ValueError(
-        f"LMUConfig: window is {self.window}, expected a number of tokens"
-        " above 0."
-      )
-    check_choices(self)
+    check_fields(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "LMU":
     """Make the mixer for a model of this width and depth."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,8 @@ from ssmjax import ops
 from ssmjax.models.layers import (
   ShortConv,
   affine,
-  check_choices,
   check_exact,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   linear_weight,
@@ -28,9 +26,12 @@ from ssmjax.polarization import polarize
 from ssmjax.types import (
   Array,
   Float,
+  FloatingDType,
   Int,
   Polarization,
   Recurrence,
+  Size,
+  check_fields,
 )
 
 __all__ = ["Longhorn", "LonghornConfig", "LonghornState"]
@@ -70,21 +71,19 @@ class LonghornConfig:
   op: ClassVar[str | None] = "linear_scan"
   polarizes: ClassVar[str | None] = "channels"
 
-  d_state: int = 16
-  d_conv: int = 4
-  expand: int = 2
-  dt_rank: int | None = None
+  d_state: Size = 16
+  d_conv: Size = 4
+  expand: Size = 2
+  dt_rank: Size | None = None
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: (
     Literal["reference", "associative", "chunked", "pallas"] | None
   ) = None
 
   def __post_init__(self):
-    names = ("d_state", "d_conv", "expand", "dt_rank")
-    check_sizes(self, dict.fromkeys(names, 1))
-    check_choices(self)
+    check_fields(self)
     check_exact("LonghornConfig", self.polarization)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "Longhorn":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,7 @@ from jax.lax import Precision
 
 from ssmjax import ops
 from ssmjax.models.layers import (
-  check_choices,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   normal,
@@ -23,9 +21,13 @@ from ssmjax.polarization import selective_decay
 from ssmjax.types import (
   Array,
   Float,
+  FloatingDType,
   Int,
   Polarization,
+  Positive,
   Recurrence,
+  Size,
+  check_fields,
 )
 
 __all__ = [
@@ -75,30 +77,23 @@ class MambaConfig:
   op: ClassVar[str | None] = "selective_scan"
   polarizes: ClassVar[str | None] = "channels"
 
-  d_state: int = 16
-  d_conv: int = 4
-  expand: int = 2
-  dt_rank: int | None = None
-  dt_min: float = 1e-3
-  dt_max: float = 1e-1
-  norm_epsilon: float | None = None
+  d_state: Size = 16
+  d_conv: Size = 4
+  expand: Size = 2
+  dt_rank: Size | None = None
+  dt_min: Positive = 1e-3
+  dt_max: Positive = 1e-1
+  norm_epsilon: Positive | None = None
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: (
     Literal["reference", "associative", "chunked", "pallas"] | None
   ) = None
 
   def __post_init__(self):
-    names = ("d_state", "d_conv", "expand", "dt_rank")
-    check_sizes(self, dict.fromkeys(names, 1))
+    check_fields(self)
     check_dt_range(self)
-    if self.norm_epsilon is not None and not self.norm_epsilon >= 0:
-      raise ValueError(
-        f"MambaConfig: norm_epsilon is {self.norm_epsilon}, expected None or a"
-        " number, 0 or more."
-      )
-    check_choices(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "Mamba":
     """Make the mixer for a model of this width and depth."""

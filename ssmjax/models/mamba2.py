@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,8 @@ from flax import nnx
 from ssmjax import ops
 from ssmjax.models.layers import (
   ShortConv,
-  check_choices,
   check_exact,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   linear_weight,
@@ -26,9 +24,14 @@ from ssmjax.polarization import polarize
 from ssmjax.types import (
   Array,
   Float,
+  FloatingDType,
   Int,
   Polarization,
+  Positive,
+  Range,
   Recurrence,
+  Size,
+  check_fields,
 )
 
 __all__ = ["Mamba2", "Mamba2Config", "Mamba2State"]
@@ -80,29 +83,28 @@ class Mamba2Config:
   op: ClassVar[str | None] = "ssd"
   polarizes: ClassVar[str | None] = "heads"
 
-  d_state: int = 128
-  d_conv: int = 4
-  expand: int = 2
-  head_dim: int = 64
-  d_ssm: int | None = None
-  n_groups: int = 1
-  A_min: float = 1.0
-  A_max: float = 16.0
-  dt_min: float = 1e-3
-  dt_max: float = 1e-1
-  dt_least: float = 0.0
-  dt_greatest: float | None = None
+  d_state: Size = 128
+  d_conv: Size = 4
+  expand: Size = 2
+  head_dim: Size = 64
+  d_ssm: Size | None = None
+  n_groups: Size = 1
+  A_min: Positive = 1.0
+  A_max: Positive = 16.0
+  dt_min: Positive = 1e-3
+  dt_max: Positive = 1e-1
+  dt_least: Annotated[float, Range(least=0)] = 0.0
+  dt_greatest: Positive | None = None
   norm: Literal["after_gate", "before_gate", "none"] = "after_gate"
-  norm_epsilon: float = 1e-5
+  norm_epsilon: Positive = 1e-5
   skip_per_channel: bool = False
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "chunked"] | None = None
 
   def __post_init__(self):
-    names = ("d_state", "d_conv", "expand", "head_dim", "d_ssm", "n_groups")
-    check_sizes(self, dict.fromkeys(names, 1))
+    check_fields(self)
     check_dt_range(self)
     if not 0 < self.A_min <= self.A_max:
       raise ValueError(
@@ -115,12 +117,6 @@ class Mamba2Config:
         f"Mamba2Config: dt_least is {least} and dt_greatest {greatest},"
         " expected 0 <= dt_least <= dt_greatest."
       )
-    if not self.norm_epsilon > 0:
-      raise ValueError(
-        f"Mamba2Config: norm_epsilon is {self.norm_epsilon}, expected more"
-        " than 0."
-      )
-    check_choices(self)
     check_exact("Mamba2Config", self.polarization)
 
   @property

@@ -5,7 +5,7 @@ from tokens to q, k, v and a, and what it makes of o.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,22 @@ from flax import nnx
 from ssmjax import ops
 from ssmjax.models.attention import token_positions
 from ssmjax.models.layers import (
-  check_choices,
   check_exact,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   linear_weight,
   output_weight,
 )
-from ssmjax.types import Array, Float, Int, Recurrence
+from ssmjax.types import (
+  Array,
+  Float,
+  FloatingDType,
+  Int,
+  Recurrence,
+  Size,
+  check_fields,
+)
 
 __all__ = [
   "LinearAttentionState",
@@ -54,16 +60,14 @@ class MatrixMixerConfig:
   op: ClassVar[str | None] = "gated_linear_attention"
   polarizes: ClassVar[str | None] = None
 
-  num_heads: int = 4
+  num_heads: Size = 4
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "chunked"] | None = None
 
   def __post_init__(self):
-    name = type(self).__name__
-    check_sizes(self, {"num_heads": 1})
-    check_choices(self)
-    check_exact(name, getattr(self, "polarization", None))
+    check_fields(self)
+    check_exact(type(self).__name__, getattr(self, "polarization", None))
 
 
 class MatrixMixer(nnx.Module):

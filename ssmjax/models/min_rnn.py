@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ from flax import nnx
 from ssmjax import ops
 from ssmjax.models.layers import (
   affine,
-  check_choices,
   check_exact,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   normal,
@@ -23,10 +21,14 @@ from ssmjax.models.layers import (
 from ssmjax.polarization import polarize
 from ssmjax.types import (
   Array,
+  Count,
   Float,
+  FloatingDType,
   Int,
   Polarization,
   Recurrence,
+  Size,
+  check_fields,
 )
 
 __all__ = [
@@ -58,21 +60,20 @@ class _MinRNNConfig:
   op: ClassVar[str | None] = "linear_scan"
   polarizes: ClassVar[str | None] = "channels"
 
-  expand: int = 1
-  d_conv: int = 0
+  expand: Size = 1
+  d_conv: Count = 0
   candidate: Literal["positive", "linear"] = "positive"
   forget_bias: float = 0.0
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: (
     Literal["reference", "associative", "chunked", "pallas"] | None
   ) = None
 
   def __post_init__(self):
-    check_sizes(self, {"expand": 1, "d_conv": 0})
+    check_fields(self)
     check_exact(type(self).__name__, self.polarization)
-    check_choices(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,7 +82,7 @@ In a model that takes one step of training, is saved and loaded::
 Letters: B batch, T time, M the model's width (`d_model`).
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 
@@ -91,6 +91,7 @@ from ssmjax.types import Array, Float, Int, Recurrence
 __all__ = ["Mixer", "MixerConfig"]
 
 
+@runtime_checkable
 class MixerConfig(Protocol):
   """The configuration of a mixer, which builds it.
 

@@ -1,7 +1,7 @@
 """The mLSTM: a matrix memory behind exponential gates, normalised."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,8 @@ from ssmjax import ops
 from ssmjax.models.layers import (
   LayerNorm,
   affine,
-  check_choices,
   check_exact,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   fresh_state,
@@ -29,9 +27,13 @@ from ssmjax.polarization import polarize_log
 from ssmjax.types import (
   Array,
   Float,
+  FloatingDType,
   Int,
   Polarization,
+  Positive,
   Recurrence,
+  Size,
+  check_fields,
 )
 
 __all__ = ["MLSTM", "MLSTMConfig", "MLSTMState"]
@@ -72,27 +74,20 @@ class MLSTMConfig:
   op: ClassVar[str | None] = "gated_linear_attention"
   polarizes: ClassVar[str | None] = "heads"
 
-  num_heads: int = 4
-  key_width: int | None = None
-  value_width: int | None = None
+  num_heads: Size = 4
+  key_width: Size | None = None
+  value_width: Size | None = None
   forget_gate: Literal["sigmoid", "exp"] = "sigmoid"
-  gate_soft_cap: float | None = 15.0
+  gate_soft_cap: Positive | None = 15.0
   input_bias: float = 0.0
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "chunked"] | None = None
 
   def __post_init__(self):
-    name = "MLSTMConfig"
-    check_sizes(self, {"num_heads": 1, "key_width": 1, "value_width": 1})
-    if self.gate_soft_cap is not None and not self.gate_soft_cap > 0:
-      raise ValueError(
-        f"{name}: gate_soft_cap is {self.gate_soft_cap}, expected a number"
-        " above 0, or None."
-      )
-    check_exact(name, self.polarization)
-    check_choices(self)
+    check_fields(self)
+    check_exact("MLSTMConfig", self.polarization)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "MLSTM":
     """Make the mixer for a model of this width and depth."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,8 @@ from jax.lax import Precision
 from ssmjax import ops
 from ssmjax.models.layers import (
   affine,
-  check_choices,
   check_exact,
   check_mixer,
-  check_sizes,
   clear_padding,
   normal,
   torch_uniform,
@@ -26,9 +24,13 @@ from ssmjax.types import (
   Array,
   Bool,
   Float,
+  FloatingDType,
   Int,
   Polarization,
+  Range,
   Recurrence,
+  Size,
+  check_fields,
 )
 
 __all__ = ["RGLRU", "RGLRUConfig", "RGLRUState"]
@@ -75,27 +77,26 @@ class RGLRUConfig:
   op: ClassVar[str | None] = "linear_scan"
   polarizes: ClassVar[str | None] = "channels"
 
-  width: int | None = None
-  num_blocks: int = 1
-  d_conv: int = 4
-  decay_min: float = 0.9
-  decay_max: float = 0.999
+  width: Size | None = None
+  num_blocks: Size = 1
+  d_conv: Size = 4
+  decay_min: Annotated[float, Range(above=0, below=1)] = 0.9
+  decay_max: Annotated[float, Range(above=0, below=1)] = 0.999
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: (
     Literal["reference", "associative", "chunked", "pallas"] | None
   ) = None
 
   def __post_init__(self):
-    check_sizes(self, {"width": 1, "num_blocks": 1, "d_conv": 1})
+    check_fields(self)
     if not 0 < self.decay_min <= self.decay_max < 1:
       raise ValueError(
         f"RGLRUConfig: decay_min is {self.decay_min} and decay_max"
         f" {self.decay_max}, expected 0 < decay_min <= decay_max < 1."
       )
     check_exact("RGLRUConfig", self.polarization)
-    check_choices(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "RGLRU":
     """Make the mixer for a model of this width and depth."""

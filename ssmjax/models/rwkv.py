@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,8 @@ from jax.lax import Precision
 from ssmjax import ops
 from ssmjax.models.layers import (
   LayerNorm,
-  check_choices,
   check_exact,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   fresh_state,
@@ -33,9 +31,12 @@ from ssmjax.polarization import polarize_log
 from ssmjax.types import (
   Array,
   Float,
+  FloatingDType,
   Int,
   Polarization,
   Recurrence,
+  Size,
+  check_fields,
 )
 
 __all__ = ["RWKV5", "RWKV6", "RWKV5Config", "RWKV6Config", "RWKVState"]
@@ -64,18 +65,16 @@ class _RWKVConfig:
   op: ClassVar[str | None] = "gated_linear_attention"
   polarizes: ClassVar[str | None] = "channels"
 
-  num_heads: int = 4
-  width: int | None = None
+  num_heads: Size = 4
+  width: Size | None = None
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "chunked"] | None = None
 
   def __post_init__(self):
-    name = type(self).__name__
-    check_sizes(self, {"num_heads": 1, "width": 1})
-    check_exact(name, self.polarization)
-    check_choices(self)
+    check_fields(self)
+    check_exact(type(self).__name__, self.polarization)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +107,8 @@ class RWKV6Config(_RWKVConfig):
     decay_rank: of the decay's.
   """
 
-  mix_rank: int = 32
-  decay_rank: int = 64
-
-  def __post_init__(self):
-    super().__post_init__()
-    check_sizes(self, {"mix_rank": 1, "decay_rank": 1})
+  mix_rank: Size = 32
+  decay_rank: Size = 64
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "RWKV6":
     """Make the mixer for a model of this width and depth."""

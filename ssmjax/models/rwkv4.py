@@ -1,7 +1,7 @@
 """RWKV-4: a mean of the past by exponential keys, and its channel mix."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,8 @@ from jax import lax
 
 from ssmjax import ops
 from ssmjax.models.layers import (
-  check_choices,
   check_exact,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   fresh_state,
@@ -32,9 +30,12 @@ from ssmjax.polarization import polarize_log
 from ssmjax.types import (
   Array,
   Float,
+  FloatingDType,
   Int,
   Polarization,
   Recurrence,
+  Size,
+  check_fields,
 )
 
 __all__ = ["RWKV4", "RWKV4Config", "RWKV4State"]
@@ -73,18 +74,17 @@ class RWKV4Config:
   op: ClassVar[str | None] = "linear_scan"
   polarizes: ClassVar[str | None] = "channels"
 
-  width: int | None = None
+  width: Size | None = None
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: (
     Literal["reference", "associative", "chunked", "pallas"] | None
   ) = None
 
   def __post_init__(self):
-    check_sizes(self, {"width": 1})
+    check_fields(self)
     check_exact("RWKV4Config", self.polarization)
-    check_choices(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "RWKV4":
     """Make the mixer for a model of this width and depth."""

@@ -1,7 +1,7 @@
 """S4: a system of diagonal plus low rank, made of HiPPO-LegS."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,15 @@ from jax import lax
 from ssmjax import ops
 from ssmjax.models.diagonal_system import complex_normal, log_uniform, whole
 from ssmjax.models.s4_block import S4Block, check_system
-from ssmjax.types import Array, Complex, Float, Int
+from ssmjax.types import (
+  Array,
+  Complex,
+  Float,
+  FloatingDType,
+  Int,
+  Positive,
+  Size,
+)
 
 __all__ = ["S4", "S4Config"]
 
@@ -43,17 +51,17 @@ class S4Config:
   op: ClassVar[str | None] = "lti_matrix_scan"
   polarizes: ClassVar[str | None] = None
 
-  d_state: int = 32
+  d_state: Size = 32
   discretization: Literal["bilinear", "zoh"] = "bilinear"
-  dt_min: float = 1e-3
-  dt_max: float = 1e-1
+  dt_min: Positive = 1e-3
+  dt_max: Positive = 1e-1
   gate: bool = True
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "chunked", "convolution"] | None = None
 
   def __post_init__(self):
-    check_system(self, {"d_state": 1})
+    check_system(self)
     if self.implementation == "convolution" and self.discretization == "zoh":
       raise ValueError(
         "S4Config: implementation is 'convolution' with discretization 'zoh',"

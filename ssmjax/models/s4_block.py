@@ -9,16 +9,14 @@ from flax import nnx
 from ssmjax.models.gelu import gelu
 from ssmjax.models.layers import (
   affine,
-  check_choices,
   check_exact,
   check_mixer,
-  check_sizes,
   clear_padding,
   linear_weight,
   output_weight,
   torch_uniform,
 )
-from ssmjax.types import Array, Float, Inexact, Int
+from ssmjax.types import Array, Float, Inexact, Int, check_fields
 
 __all__ = ["S4Block", "S4State", "check_system"]
 
@@ -121,14 +119,13 @@ def write(
   return jax.nn.glu(out) if gated else out
 
 
-def check_system(config: Any, least: dict[str, int]) -> None:
+def check_system(config: Any) -> None:
   """Raise ValueError for a field of a time-invariant layer's configuration."""
   name = type(config).__name__
-  check_sizes(config, least)
+  check_fields(config)
   if not 0 < config.dt_min <= config.dt_max:
     raise ValueError(
       f"{name}: dt_min is {config.dt_min} and dt_max {config.dt_max},"
       " expected 0 < dt_min <= dt_max."
     )
   check_exact(name, getattr(config, "polarization", None))
-  check_choices(config)

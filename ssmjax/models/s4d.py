@@ -1,7 +1,7 @@
 """S4D and DSS: diagonal time-invariant systems, one in every channel."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,15 @@ from flax import nnx
 from ssmjax.models.diagonal_system import DiagonalSystem
 from ssmjax.models.layers import check_mixer
 from ssmjax.models.s4_block import S4Block, check_system, write
-from ssmjax.types import Array, Float, Polarization, Recurrence
+from ssmjax.types import (
+  Array,
+  Float,
+  FloatingDType,
+  Polarization,
+  Positive,
+  Recurrence,
+  Size,
+)
 
 __all__ = ["DSS", "S4D", "DSSConfig", "S4DConfig"]
 
@@ -38,19 +46,19 @@ class S4DConfig:
   op: ClassVar[str | None] = "lti_scan"
   polarizes: ClassVar[str | None] = "channels"
 
-  d_state: int = 32
+  d_state: Size = 32
   spectrum: Literal["legs", "lin", "inv", "real"] = "legs"
   discretization: Literal["zoh", "bilinear"] = "zoh"
-  dt_min: float = 1e-3
-  dt_max: float = 1e-1
+  dt_min: Positive = 1e-3
+  dt_max: Positive = 1e-1
   gate: bool = True
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "associative", "chunked"] | None = None
 
   def __post_init__(self):
-    check_system(self, {"d_state": 1})
+    check_system(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "S4D":
     """Make the mixer for a model of this width and depth."""
@@ -81,19 +89,19 @@ class DSSConfig:
   op: ClassVar[str | None] = "lti_scan"
   polarizes: ClassVar[str | None] = "channels"
 
-  d_state: int = 64
+  d_state: Size = 64
   version: Literal["exp", "softmax"] = "exp"
-  softmax_length: int = 1024
-  dt_min: float = 1e-3
-  dt_max: float = 1e-1
+  softmax_length: Size = 1024
+  dt_min: Positive = 1e-3
+  dt_max: Positive = 1e-1
   gate: bool = False
   polarization: Polarization | None = None
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "associative", "chunked"] | None = None
 
   def __post_init__(self):
-    check_system(self, {"d_state": 1, "softmax_length": 1})
+    check_system(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "DSS":
     """Make the mixer for a model of this width and depth."""

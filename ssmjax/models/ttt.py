@@ -1,7 +1,7 @@
 """TTT-linear: a layer whose state is a model that learns as it reads."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
+from typing import ClassVar, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,7 @@ from ssmjax.models.layers import (
   LayerNorm,
   ShortConv,
   affine,
-  check_choices,
   check_mixer,
-  check_sizes,
   clear_padding,
   dense,
   linear_weight,
@@ -23,7 +21,16 @@ from ssmjax.models.layers import (
   output_weight,
   rotate_pairs,
 )
-from ssmjax.types import Array, Float, Int
+from ssmjax.types import (
+  Array,
+  Count,
+  Float,
+  FloatingDType,
+  Int,
+  Positive,
+  Size,
+  check_fields,
+)
 
 __all__ = ["TTTLinear", "TTTLinearConfig", "TTTLinearState"]
 
@@ -67,25 +74,18 @@ class TTTLinearConfig:
   op: ClassVar[str | None] = "ttt_linear"
   polarizes: ClassVar[str | None] = None
 
-  num_heads: int = 4
-  mini_batch: int = 16
-  base_rate: float = 1.0
-  d_conv: int = 0
+  num_heads: Size = 4
+  mini_batch: Size = 16
+  base_rate: Positive = 1.0
+  d_conv: Count = 0
   output_gate: bool = False
-  rope_base: float = 10000.0
+  rope_base: Positive = 10000.0
   init: Literal["mamba", "authors"] = "mamba"
-  dtype: Any = jnp.float32
+  dtype: FloatingDType = jnp.float32
   implementation: Literal["reference", "chunked"] | None = None
 
   def __post_init__(self):
-    check_sizes(self, dict(num_heads=1, mini_batch=1, d_conv=0))
-    for name in ("base_rate", "rope_base"):
-      if not getattr(self, name) > 0:
-        raise ValueError(
-          f"TTTLinearConfig: {name} is {getattr(self, name)}, expected more"
-          " than 0."
-        )
-    check_choices(self)
+    check_fields(self)
 
   def build(self, d_model: int, n_layers: int, rngs: nnx.Rngs) -> "TTTLinear":
     """Make the mixer for a model of this width and depth."""

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ssmjax.training import sharding, step
+from ssmjax.types import Positive, Range, Seed, Size, check_fields
 
 # hook(step, models): `models()` gives the seeds' models as they stand.
 Hook = Callable[[int, Callable[[], tuple[Any, ...]]], None]
@@ -50,46 +51,27 @@ class FitConfig:
       tensorboardX.
   """
 
-  steps: int
-  seeds: tuple[int, ...] = (0,)
-  steps_per_dispatch: int = 1
-  microbatches: int = 1
+  steps: Size
+  seeds: tuple[Seed, ...] = (0,)
+  steps_per_dispatch: Size = 1
+  microbatches: Size = 1
   strategy: sharding.Strategy = "shard_map"
-  log_every: int = 100
-  evaluate_every: int | None = None
-  save_every: int = 1000
-  keep: int = 2
+  log_every: Size = 100
+  evaluate_every: Size | None = None
+  save_every: Size = 1000
+  keep: Annotated[int, Range(least=2)] = 2
   best: str | None = None
   best_mode: Literal["max", "min"] = "max"
   stop_above: float | None = None
-  minutes: float | None = None
+  minutes: Positive | None = None
   progress: bool = True
   tensorboard: bool = False
 
   def __post_init__(self):
-    for name in (
-      *("steps", "steps_per_dispatch", "microbatches"),
-      *("log_every", "evaluate_every", "save_every"),
-    ):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(f"FitConfig: {name} is {value}, expected at least 1.")
-    if self.keep < 2:
-      raise ValueError(f"FitConfig: keep is {self.keep}, expected at least 2.")
-    if self.minutes is not None and not self.minutes > 0:
+    check_fields(self)
+    if not len(set(self.seeds)) == len(self.seeds) > 0:
       raise ValueError(
-        f"FitConfig: minutes is {self.minutes}, expected more than 0, or None."
-      )
-    if self.best_mode not in ("max", "min"):
-      raise ValueError(
-        f"FitConfig: best_mode is {self.best_mode!r}, expected 'max' or 'min'."
-      )
-    sharding.check_strategy(self.strategy)
-    distinct = len(set(self.seeds)) == len(self.seeds) > 0
-    if not distinct or not all(0 <= seed < 2**32 for seed in self.seeds):
-      raise ValueError(
-        f"FitConfig: seeds are {self.seeds}, expected one or more, distinct, "
-        "in 0 … 2³²−1."
+        f"FitConfig: seeds are {self.seeds}, expected one or more, distinct."
       )
     if self.stop_above is not None and self.best is None:
       raise ValueError(
