@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ssmjax.models.doors import check_call, check_step
 from ssmjax.models.layers import affine, normal, torch_uniform
 from ssmjax.models.softmax import attend, attend_window
 from ssmjax.ops.segments import segment_masks
@@ -21,8 +22,6 @@ from ssmjax.types import (
   Range,
   Size,
   check_fields,
-  check_segment_ids,
-  check_shapes,
 )
 
 __all__ = ["Attention", "AttentionConfig", "AttentionState", "token_positions"]
@@ -183,11 +182,7 @@ class Attention(nnx.Module):
       ValueError: x of another width, or longer than a given state's capacity
         (without one, it becomes at least x's length).
     """
-    check_shapes(
-      "Attention", {"x": (x, f"B T M={self.d_model}"),
-                    "segment_ids": (segment_ids, "B T")}
-    )  # fmt: skip
-    check_segment_ids("Attention", segment_ids)
+    check_call(self, x, state, segment_ids)
     batch, length, _ = x.shape
     window = self.config.window
     if state is None:
@@ -233,10 +228,7 @@ class Attention(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], AttentionState]:
     """Mix one token: y `[B, M]` and the new state."""
-    check_shapes(
-      "Attention.step", {"x": (x, f"B M={self.d_model}"),
-                         "segment_ids": (segment_ids, "B")}
-    )  # fmt: skip
+    check_step(self, x, state, segment_ids)
     if segment_ids is not None:
       segment_ids = segment_ids[:, None]
     y, state = self(x[:, None], state, segment_ids)

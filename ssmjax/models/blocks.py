@@ -13,13 +13,9 @@ from ssmjax.models.config import (
   MixerConfig,
   ModelConfig,
 )
+from ssmjax.models.doors import check_state
 from ssmjax.models.gelu import gelu
-from ssmjax.models.layers import (
-  LayerNorm,
-  RMSNorm,
-  affine,
-  linear_weight,
-)
+from ssmjax.models.layers import LayerNorm, RMSNorm, affine, linear_weight
 from ssmjax.ops.class_ids import known_ids
 from ssmjax.types import Array, Float, Int
 
@@ -29,6 +25,7 @@ __all__ = [
   "Block",
   "apply_blocks",
   "block_states",
+  "check_states",
   "embed_tokens",
   "stack_blocks",
   "step_blocks",
@@ -57,6 +54,8 @@ class Block(nnx.Module):
 
     A dictionary `out` is given `mixer_input`, `mixer_output`, `block_output`.
     """
+    if state is not None:
+      check_state("Block", self.mixer, state, x.shape[0])
     normed = self.norm(x)
     y, state = self.mixer(normed, state, segment_ids)
     x = self._rest(x, y)
@@ -66,6 +65,7 @@ class Block(nnx.Module):
 
   def step(self, x, state, segment_ids=None):
     """Apply to one token, x `[B, M]`."""
+    check_state("Block.step", self.mixer, state, x.shape[0])
     y, state = self.mixer.step(self.norm(x), state, segment_ids)
     return self._rest(x, y), state
 
@@ -186,6 +186,31 @@ def block_states(
   stack = lambda x: jnp.broadcast_to(x[None], (repeats, *x.shape))
   layers = (block.mixer.init_state(batch_size, max_length) for block in blocks)
   return tuple(jax.tree.map(stack, layer) for layer in layers)
+
+
+def check_states(
+  function: str,
+  blocks: nnx.List,
+  states: tuple[Any, ...],
+  repeats: int,
+  batch_size: int,
+) -> None:
+  """Raise ValueError unless the states are those of the blocks' mixers."""
+  if not isinstance(states, tuple) or len(states) != len(blocks):
+    found = (
+      f"{len(states)} states"
+      if isinstance(states, tuple)
+      else f"a {type(states).__name__}"
+    )
+    raise ValueError(
+      f"{function}: state.layers is {found}, expected a tuple of {len(blocks)},"
+      f" one a position of the pattern. Pass init_state({batch_size})."
+    )
+  for index, (block, state) in enumerate(zip(blocks, states, strict=True)):
+    check_state(
+      function, block.mixer, state, batch_size,
+      repeats=repeats, name=f"state.layers[{index}]",
+    )  # fmt: skip
 
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

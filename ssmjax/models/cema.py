@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_mixer, check_step
 from ssmjax.models.layers import (
   RMSNorm,
   affine,
   check_exact,
-  check_mixer,
   clear_padding,
   dense,
   linear_weight,
@@ -177,7 +177,7 @@ class CEMA(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("CEMA", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     x_dtype = x.dtype
     x = clear_padding(x, segment_ids).astype(self.config.dtype)
     a, b, c = self._system()
@@ -196,7 +196,7 @@ class CEMA(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], CEMAState]:
     """Mix one token, in O(N): y `[B, M]` and the new state."""
-    check_mixer("CEMA.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     x_dtype = x.dtype
     x = clear_padding(x, segment_ids).astype(self.config.dtype)
     a, b, c = self._system()

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ssmjax.models.doors import check_call, check_step
 from ssmjax.models.layers import (
-  check_mixer,
   clear_padding,
   dense,
   linear_weight,
@@ -123,7 +123,7 @@ class RWKVChannelMix(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("RWKVChannelMix", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     x_dtype = x.dtype
     x = clear_padding(x, segment_ids).astype(self.config.dtype)
     last = None if state is None else state.shift
@@ -138,7 +138,7 @@ class RWKVChannelMix(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], RWKVChannelMixState]:
     """Apply to one token: y `[B, M]` and the new state."""
-    check_mixer("RWKVChannelMix.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     x_dtype = x.dtype
     x = clear_padding(x, segment_ids).astype(self.config.dtype)
     shifted, last = token_shift_step(x, state.shift, segment_ids)

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.lax import Precision
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_step
 from ssmjax.models.layers import (
   RMSNorm,
   ShortConv,
   affine,
-  check_mixer,
   clear_padding,
   dense,
   linear_weight,
@@ -228,7 +228,7 @@ class DeltaNet(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer(type(self).__name__, x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     x_dtype, x = x.dtype, clear_padding(x, segment_ids)
     qkv, z = self._split_input(x)
     conv = None
@@ -249,8 +249,7 @@ class DeltaNet(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], DeltaNetState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    name = f"{type(self).__name__}.step"
-    check_mixer(name, x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     x_dtype, x = x.dtype, clear_padding(x, segment_ids)
     qkv, z = self._split_input(x)
     conv = state.conv

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax.models.diagonal_system import DiagonalSystem
+from ssmjax.models.doors import check_call, check_step
 from ssmjax.models.layers import (
   ShortConv,
   affine,
-  check_mixer,
   clear_padding,
   linear_weight,
   output_weight,
@@ -180,7 +180,7 @@ class H3(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("H3", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     q, k, v = self._split(clear_padding(x, segment_ids))
     k, conv = self.shift(k, None if state is None else state.conv, segment_ids)
     products = self._products(k, v)
@@ -204,7 +204,7 @@ class H3(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], H3State]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_mixer("H3.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     q, k, v = self._split(clear_padding(x, segment_ids))
     k, conv = self.shift.step(k, state.conv, segment_ids)
     products = self._products(k, v)

@@ -12,10 +12,10 @@ from flax import nnx
 
 from ssmjax import ops
 from ssmjax.models.attention import token_positions
+from ssmjax.models.doors import check_call, check_step
 from ssmjax.models.layers import (
   ShortConv,
   affine,
-  check_mixer,
   clear_padding,
   linear_weight,
   output_weight,
@@ -197,7 +197,7 @@ class Hyena(nnx.Module):
     Raises:
       ValueError: x of another width, or one segment longer than the room.
     """
-    check_mixer("Hyena", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     batch, length, _ = x.shape
     room = self.config.max_length if state is None else _capacity(state)
     if segment_ids is None and length > room:
@@ -238,7 +238,7 @@ class Hyena(nnx.Module):
     is compiled as one, as in `generate`, XLA does that once for all of them
     (at M = 64, S = 1024 on a CPU 0.12 ms a token, alone 1.9 ms).
     """
-    check_mixer("Hyena.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     x_dtype = x.dtype
     u = self._project(clear_padding(x, segment_ids))
     u, conv = self.conv.step(u, state.conv, segment_ids)

@@ -17,8 +17,6 @@ from ssmjax.types import (
   Float,
   Int,
   Polarization,
-  check_segment_ids,
-  check_shapes,
 )
 
 __all__ = [
@@ -27,7 +25,6 @@ __all__ = [
   "ShortConv",
   "affine",
   "check_exact",
-  "check_mixer",
   "clear_padding",
   "dense",
   "fresh_state",
@@ -122,21 +119,6 @@ class ShortConv(nnx.Module):
 
   def _bias(self):
     return None if self.bias is None else self.bias[...]
-
-
-def check_mixer(
-  name: str,
-  x: Float[Array, "..."],
-  segment_ids: Int[Array, "..."] | None,
-  d_model: int,
-  letters: Literal["B T", "B"] = "B T",
-) -> None:
-  """Raise ValueError unless a mixer's inputs fit it and each other."""
-  check_shapes(
-    name, {"x": (x, f"{letters} M={d_model}"),
-           "segment_ids": (segment_ids, letters)}
-  )  # fmt: skip
-  check_segment_ids(name, segment_ids)
 
 
 def check_exact(function: str, polarization: Polarization | None) -> None:

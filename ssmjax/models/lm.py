@@ -12,6 +12,7 @@ from ssmjax.models.blocks import (
   Block,
   apply_blocks,
   block_states,
+  check_states,
   embed_tokens,
   stack_blocks,
   step_blocks,
@@ -116,6 +117,7 @@ class LanguageModel(nnx.Module):
   ) -> tuple[Float[Array, "B V"], ModelState]:
     """Run over one token: logits `[B, V]` and the new state."""
     _check("LanguageModel.step", tokens, segment_ids, "B")
+    self._check_state("LanguageModel.step", state, tokens.shape[0])
     ids = None if segment_ids is None else segment_ids[:, None]
     x, length = self._embed(tokens[:, None], state.length, ids)
     x, layers = step_blocks(self.blocks, x[:, 0], state.layers, segment_ids)
@@ -148,6 +150,7 @@ class LanguageModel(nnx.Module):
     if state is None:
       layers, start = None, jnp.zeros(tokens.shape[:1], jnp.int32)
     else:
+      self._check_state("LanguageModel", state, tokens.shape[0])
       layers, start = state
     x, length = self._embed(tokens, start, segment_ids)
     if embeddings is not None:
@@ -199,8 +202,7 @@ class LanguageModel(nnx.Module):
       max_length: tokens that attention's and Hyena's layers must have room
         for; recurrent layers do not care.
     """
-    repeats = self.config.n_layers // len(self.blocks)
-    layers = block_states(self.blocks, repeats, batch_size, max_length)
+    layers = block_states(self.blocks, self._repeats, batch_size, max_length)
     return ModelState(layers, jnp.zeros((batch_size,), jnp.int32))
 
   def description(self) -> dict[str, Any] | None:
@@ -217,6 +219,25 @@ class LanguageModel(nnx.Module):
   ) -> "LanguageModel":
     """Build the model that was described, with fresh parameters."""
     return cls(read_config(description, ModelConfig), rngs=rngs)
+
+  @property
+  def _repeats(self) -> int:
+    """How often the layer pattern is repeated."""
+    return self.config.n_layers // len(self.blocks)
+
+  def _check_state(self, function, state, batch_size):
+    if not isinstance(state, ModelState):
+      found = "None" if state is None else f"a {type(state).__name__}"
+      raise ValueError(
+        f"{function}: state is {found}, expected a ModelState. Pass"
+        f" init_state({batch_size}), or the state of a call."
+      )
+    check_states(function, self.blocks, state.layers, self._repeats, batch_size)
+    check_shapes(
+      function,
+      {"state.length": (state.length, f"B={batch_size}")},
+      {"state.length": f"Pass init_state({batch_size})."},
+    )
 
   def _embed(self, tokens, length, segment_ids):
     """The start of the residual and the new length."""

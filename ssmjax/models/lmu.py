@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_step
 from ssmjax.models.layers import (
   affine,
-  check_mixer,
   clear_padding,
   dense,
   linear_weight,
@@ -150,7 +150,7 @@ class LMU(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("LMU", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     wide, u = self._encode(x, segment_ids)
     # Memories are rows of one system.
     batch, length, channels = u.shape
@@ -175,7 +175,7 @@ class LMU(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], LMUState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_mixer("LMU.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     wide, u = self._encode(x, segment_ids)
     batch, channels = u.shape
     ids = segment_ids

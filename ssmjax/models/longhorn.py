@@ -10,11 +10,11 @@ from flax import nnx
 from jax.lax import Precision
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_mixer, check_step
 from ssmjax.models.layers import (
   ShortConv,
   affine,
   check_exact,
-  check_mixer,
   clear_padding,
   dense,
   linear_weight,
@@ -161,7 +161,7 @@ class Longhorn(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("Longhorn", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     u, z = self._split_input(clear_padding(x, segment_ids))
     u, conv = self.conv(u, None if state is None else state.conv, segment_ids)
     u, dt, k, q = self._select(u)
@@ -178,7 +178,7 @@ class Longhorn(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], LonghornState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_mixer("Longhorn.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     u, z = self._split_input(clear_padding(x, segment_ids))
     u, conv = self.conv.step(u, state.conv, segment_ids)
     u, dt, k, q = self._select(u)

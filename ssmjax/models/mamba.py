@@ -10,13 +10,8 @@ from flax import nnx
 from jax.lax import Precision
 
 from ssmjax import ops
-from ssmjax.models.layers import (
-  check_mixer,
-  clear_padding,
-  dense,
-  normal,
-  torch_uniform,
-)
+from ssmjax.models.doors import check_call, check_mixer, check_step
+from ssmjax.models.layers import clear_padding, dense, normal, torch_uniform
 from ssmjax.polarization import selective_decay
 from ssmjax.types import (
   Array,
@@ -188,7 +183,7 @@ class Mamba(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("Mamba", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     u, z, delta, B, C, conv_state = self._before_scan(x, state, segment_ids)
     y, ssm_state = ops.selective_scan(
       u, delta, self._A(), B, C, self.D[...], z=z,
@@ -207,7 +202,7 @@ class Mamba(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], MambaState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_mixer("Mamba.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     x_dtype = x.dtype
     u, z = self._split_input(clear_padding(x, segment_ids))
     u, conv_state = ops.causal_conv_step(

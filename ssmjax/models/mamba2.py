@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_mixer, check_step
 from ssmjax.models.layers import (
   ShortConv,
   check_exact,
-  check_mixer,
   clear_padding,
   dense,
   linear_weight,
@@ -234,7 +234,7 @@ class Mamba2(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("Mamba2", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     mlp, z, u, delta = self._split_input(clear_padding(x, segment_ids))
     u, conv = self.conv(u, None if state is None else state.conv, segment_ids)
     arguments, options = self._select(u, z, delta)
@@ -252,7 +252,7 @@ class Mamba2(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], Mamba2State]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_mixer("Mamba2.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     mlp, z, u, delta = self._split_input(clear_padding(x, segment_ids))
     u, conv = self.conv.step(u, state.conv, segment_ids)
     arguments, options = self._select(u, z, delta)

@@ -13,9 +13,9 @@ from flax import nnx
 
 from ssmjax import ops
 from ssmjax.models.attention import token_positions
+from ssmjax.models.doors import check_call, check_mixer, check_step
 from ssmjax.models.layers import (
   check_exact,
-  check_mixer,
   clear_padding,
   dense,
   linear_weight,
@@ -129,7 +129,7 @@ class MatrixMixer(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer(type(self).__name__, x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     position, length = self._positions(x, state, segment_ids)
     q, k, v, log_a, gate = self._mapped(x, position, segment_ids)
     o, memory = ops.gated_linear_attention(
@@ -147,8 +147,7 @@ class MatrixMixer(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], LinearAttentionState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    name = f"{type(self).__name__}.step"
-    check_mixer(name, x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     length = state.length
     if length is not None:
       length = length + (1 if segment_ids is None else segment_ids > 0)

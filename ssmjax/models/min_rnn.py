@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_mixer, check_step
 from ssmjax.models.layers import (
   affine,
   check_exact,
-  check_mixer,
   clear_padding,
   dense,
   normal,
@@ -184,7 +184,7 @@ class _MinRNN(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer(type(self).__name__, x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     x_dtype = x.dtype
     x, conv = self._convolve(x, state, segment_ids)
     a, dt, b = self._eq1(x)
@@ -202,8 +202,7 @@ class _MinRNN(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], MinRNNState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    name = f"{type(self).__name__}.step"
-    check_mixer(name, x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     x_dtype = x.dtype
     conv = state.conv
     x = clear_padding(x, segment_ids).astype(self.config.dtype)

@@ -10,11 +10,11 @@ from jax import lax
 from jax.lax import Precision
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_mixer, check_step
 from ssmjax.models.layers import (
   LayerNorm,
   affine,
   check_exact,
-  check_mixer,
   clear_padding,
   dense,
   fresh_state,
@@ -191,7 +191,7 @@ class MLSTM(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("MLSTM", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     if state is None:
       state = fresh_state(self, x)
     q, k, v, o, log_i, log_f = self._before_scan(x, segment_ids)
@@ -219,7 +219,7 @@ class MLSTM(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], MLSTMState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_mixer("MLSTM.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     q, k, v, o, log_i, log_f = self._before_scan(x, segment_ids)
     valid = None if segment_ids is None else segment_ids > 0
     peak = jnp.maximum(jnp.maximum(log_f + state.peak, log_i), 0)

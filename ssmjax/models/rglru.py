@@ -10,10 +10,10 @@ from flax import nnx
 from jax.lax import Precision
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_mixer, check_step
 from ssmjax.models.layers import (
   affine,
   check_exact,
-  check_mixer,
   clear_padding,
   normal,
   torch_uniform,
@@ -200,7 +200,7 @@ class RGLRU(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("RGLRU", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     u, z, conv = self._before_scan(x, state, segment_ids)
     started = None if state is None else state.started
     start, started = _starts(x.shape[:2], started, segment_ids)
@@ -219,7 +219,7 @@ class RGLRU(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], RGLRUState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_mixer("RGLRU.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     x_dtype = x.dtype
     u, z = self._split_input(clear_padding(x, segment_ids))
     u, conv = ops.causal_conv_step(

@@ -11,10 +11,10 @@ from jax import lax
 from jax.lax import Precision
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_mixer, check_step
 from ssmjax.models.layers import (
   LayerNorm,
   check_exact,
-  check_mixer,
   clear_padding,
   dense,
   fresh_state,
@@ -190,7 +190,7 @@ class _RWKV(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer(type(self).__name__, x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     if state is None:
       state = fresh_state(self, x)
     r, k, v, g, log_a, last = self._before_scan(x, state.shift, segment_ids)
@@ -208,8 +208,7 @@ class _RWKV(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], RWKVState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    name = f"{type(self).__name__}.step"
-    check_mixer(name, x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     r, k, v, g, log_a, last = self._before_scan(x, state.shift, segment_ids)
     y, memory = ops.gated_linear_attention_step(
       r, k, v, log_a if log_a.ndim == 3 else log_a[None],

@@ -9,9 +9,9 @@ from flax import nnx
 from jax import lax
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_mixer, check_step
 from ssmjax.models.layers import (
   check_exact,
-  check_mixer,
   clear_padding,
   dense,
   fresh_state,
@@ -164,7 +164,7 @@ class RWKV4(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("RWKV4", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     if state is None:
       state = fresh_state(self, x)
     k, v, r, last = self._before_scan(x, state.shift, segment_ids)
@@ -194,7 +194,7 @@ class RWKV4(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], RWKV4State]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_mixer("RWKV4.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     k, v, r, last = self._before_scan(x, state.shift, segment_ids)
     valid = None if segment_ids is None else segment_ids > 0
     sums = _sums(state)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ssmjax.models.doors import check_call, check_step
 from ssmjax.models.gelu import gelu
 from ssmjax.models.layers import (
   affine,
   check_exact,
-  check_mixer,
   clear_padding,
   linear_weight,
   output_weight,
@@ -73,7 +73,7 @@ class S4Block(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer(type(self).__name__, x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     u = clear_padding(x, segment_ids).astype(self.config.dtype)
     y, hidden = self.system.scan(
       u,
@@ -92,8 +92,7 @@ class S4Block(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], S4State]:
     """Mix one token, at any length of the past: y `[B, M]`, the new state."""
-    name = f"{type(self).__name__}.step"
-    check_mixer(name, x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     u = clear_padding(x, segment_ids).astype(self.config.dtype)
     y, hidden = self.system.step(u, self.D[...], state.hidden, segment_ids)
     y = write(y, self.out_proj[...], self.out_bias[...]).astype(x.dtype)

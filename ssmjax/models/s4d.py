@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ssmjax.models.diagonal_system import DiagonalSystem
-from ssmjax.models.layers import check_mixer
+from ssmjax.models.doors import check_mixer
 from ssmjax.models.s4_block import S4Block, check_system, write
 from ssmjax.types import (
   Array,

@@ -9,11 +9,11 @@ from flax import nnx
 from jax.lax import Precision
 
 from ssmjax import ops
+from ssmjax.models.doors import check_call, check_step
 from ssmjax.models.layers import (
   LayerNorm,
   ShortConv,
   affine,
-  check_mixer,
   clear_padding,
   dense,
   linear_weight,
@@ -181,7 +181,7 @@ class TTTLinear(nnx.Module):
     Returns:
       y `[B, T, M]` of x's dtype (0 at padding) and the state after it.
     """
-    check_mixer("TTTLinear", x, segment_ids, self.d_model)
+    check_call(self, x, state, segment_ids)
     x_dtype, x = x.dtype, clear_padding(x, segment_ids)
     inner = None if state is None else state.inner
     position = ops.ttt_positions(
@@ -210,7 +210,7 @@ class TTTLinear(nnx.Module):
     segment_ids: Int[Array, " B"] | None = None,
   ) -> tuple[Float[Array, "B M"], TTTLinearState]:
     """Mix one token, in O(1): y `[B, M]` and the new state."""
-    check_mixer("TTTLinear.step", x, segment_ids, self.d_model, "B")
+    check_step(self, x, state, segment_ids)
     x_dtype, x = x.dtype, clear_padding(x, segment_ids)
     q, k, v, z = self._split_input(x)
     conv = state.conv
