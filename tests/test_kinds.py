@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from typing import get_args
 
@@ -99,16 +100,45 @@ _PULLED = re.compile(
 )
 
 
+def pulled(tree):
+  """The marked parameters' paths."""
+  paths = jax.tree.leaves_with_path(decay_mask(tree))
+  text = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+  return {text(path).removesuffix(".value") for path, mark in paths if mark}
+
+
 @KINDS
-def test_weight_decay_pulls_on_projections_alone(kind):
-  marks = decay_mask(nnx.state(shapes_of(config_of(kind))))
-  last = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-  pulled = {
-    last(path).removesuffix(".value").rpartition(".")[2]
-    for path, mark in jax.tree.leaves_with_path(marks)
-    if mark
-  }
-  assert all(map(_PULLED.fullmatch, pulled)), pulled
+@pytest.mark.parametrize("held", [None, BOTH], ids=["plain", "both"])
+def test_weight_decay_pulls_on_projections_alone(kind, held):
+  if held and not MIXERS[kind].polarizes:
+    return
+  fields = {"polarization": held} if held else {}
+  model = shapes_of(config_of(kind, **fields))
+  state = nnx.state(model)
+  assert pulled(model) == pulled(state)
+  variables = nnx.to_flat_state(state)
+  for path, variable in variables:
+    name = path[-1]
+    wanted = bool(_PULLED.fullmatch(name)) and "norm" not in str(path)
+    mark = ".".join(map(str, path)) in pulled(state)
+    assert mark == wanted, path
+    # Alone it has no name: it says itself what it is.
+    assert bool(pulled({"x": variable})) == wanted, path
+
+
+def test_weight_decay_pulls_on_what_is_around_the_mixers():
+  config = ModelConfig(
+    16, 8, 4, max_positions=9, mlp_ratio=2, mlp="swiglu", mlp_bias=True,
+    tie_embeddings=False, embedding_norm=True, block_norm="layer",
+  )  # fmt: skip
+  model = shapes_of(config)
+  around = {path for path in pulled(model) if "mixer" not in path}
+  mlp = {f"blocks.0.mlp.{name}_proj" for name in ("up", "down", "gate")}
+  assert around == mlp | {"embedding", "positions", "head"}
+  config = ClassifierConfig(3, 8, 2, n_features=5, pooling="token")
+  model = jax.eval_shape(lambda: Classifier(config, rngs=nnx.Rngs(0)))
+  around = {path for path in pulled(model) if "mixer" not in path}
+  assert around == {"in_proj", "head"}
 
 
 @pytest.mark.parametrize("kind", ["cema", "h3", "hyena", "rglru", "s4d"])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from checks import assert_close
 from flax import nnx
 from jax.sharding import AxisType
 
+from ssmjax.models import LanguageModel, ModelConfig
 from ssmjax.training import (
   adamw,
   data_mesh,
@@ -291,6 +293,90 @@ def test_decay_mask_spares_dynamics_norms_and_biases():
   ]
   expected = ["blocks.dt_proj.kernel", "blocks.layers.0.kernel", "embedding"]
   assert sorted(marked) == expected
+
+
+class Gated(nnx.Module):
+  """A user's mixer with its own time scales, that says nothing of them."""
+
+  def __init__(self, width):
+    self.gamma = nnx.Param(jnp.ones(width))
+    self.rates = nnx.Param(jnp.ones(width))
+    self.kernel = nnx.Param(jnp.ones((width, width)))
+    self.B = nnx.Param(jnp.ones((width, width)), weight_decay=True)
+    self.levels = nnx.Param(jnp.ones((width, 3)), weight_decay=False)
+
+  def __call__(self, x, state=None, segment_ids=None):
+    return self.gamma[...] * self.rates[...] * x, ()
+
+  def init_state(self, batch_size, max_length=None):
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedConfig:
+  """Its configuration."""
+
+  def build(self, d_model, n_layers, rngs):
+    return Gated(d_model)
+
+
+def gated_model():
+  config = ModelConfig(16, 8, 4, mixers=GatedConfig(), remat=False)
+  return LanguageModel(config, rngs=nnx.Rngs(0))
+
+
+def test_decay_mask_of_a_users_module_is_that_of_one_layer():
+  stacked = decay_mask(gated_model()).blocks[0].mixer
+  for mixer in (stacked, decay_mask(Gated(8))):
+    marks = {k: bool(v) for k, v in nnx.to_pure_dict(nnx.state(mixer)).items()}
+    assert marks == {
+      "B": True, "gamma": False, "kernel": True, "levels": False,
+      "rates": False,
+    }  # fmt: skip
+  # What is taken out of a stack is still what it was.
+  assert not bool(decay_mask(gated_model().block(2)).mixer.rates.get_value())
+
+
+def test_step_pulls_on_what_the_model_says():
+  optimizer = adamw(0.1, weight_decay=0.5)
+  loss = lambda model, batch, key: (jnp.zeros(()), 1.0, {})
+  graphdef, state = init_state(lambda seed: gated_model(), optimizer, (0,))
+  program = make_program(loss, optimizer, graphdef, steps=1, seeds=(0,))
+  params = jax.jit(program)(state, {"x": jnp.ones((1, 1))})[0].params
+  mixer = params["blocks"][0]["mixer"]
+  shrunk = {name: bool((value < 1).all()) for name, value in mixer.items()}
+  assert shrunk == {
+    "B": True, "gamma": False, "kernel": True, "levels": False, "rates": False,
+  }  # fmt: skip
+
+
+def test_decay_goes_by_the_model_where_a_transformation_hides_parameters():
+  module = Gated(4)
+  params = nnx.to_pure_dict(nnx.state(module))
+  kinds = {name: "still" if name == "B" else "decayed" for name in params}
+  optimizer = optax.multi_transform(
+    {"decayed": adamw(0.1, weight_decay=0.5), "still": optax.set_to_zero()},
+    kinds,
+  )
+  zero = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(
+    zero, optimizer.init(params), params, model=module
+  )
+  moved = {name for name, update in updates.items() if (update != 0).any()}
+  assert moved == {"kernel"}
+
+
+def test_adamw_is_that_of_optax():
+  params = {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}
+  grads = jax.tree.map(jnp.cos, params)
+  ours = adamw(1e-2, weight_decay=0.3, b2=0.95)
+  theirs = optax.adamw(1e-2, b2=0.95, weight_decay=0.3, mask=decay_mask)
+  states = ours.init(params), theirs.init(params)
+  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+  chex.assert_trees_all_equal(
+    ours.update(grads, states[0], params)[0],
+    theirs.update(grads, states[1], params)[0],
+  )
 
 
 def test_decay_all_decays_what_the_mask_spares():

@@ -155,7 +155,9 @@ class Attention(nnx.Module):
       draw(keys[1], (inner, d_model)) / math.sqrt(2 * n_layers)
     )
     zeros = lambda n, there: (
-      nnx.Param(jnp.zeros(n, jnp.float32)) if there else None
+      nnx.Param(jnp.zeros(n, jnp.float32), weight_decay=False)
+      if there
+      else None
     )
     self.in_bias = zeros(wide, config.bias)
     self.out_bias = zeros(d_model, config.out_bias)

@@ -84,7 +84,9 @@ class MLP(nnx.Module):
     size = config.d_model
     hidden = config.mlp_width or config.mlp_ratio * size
     zeros = lambda n, there: (
-      nnx.Param(jnp.zeros(n, jnp.float32)) if there else None
+      nnx.Param(jnp.zeros(n, jnp.float32), weight_decay=False)
+      if there
+      else None
     )
     gated = config.mlp in ("swiglu", "geglu")
     self.norm = NORMS[config.block_norm](size, epsilon=config.norm_epsilon)
@@ -117,9 +119,17 @@ def stack_blocks(config: AnyConfig, rngs: nnx.Rngs) -> nnx.List:
   """Make a model's blocks, those of one place in the pattern stacked."""
   repeats = config.n_layers // len(config.mixers)
 
+  def one(mixer, key):
+    block = Block(mixer, config, nnx.Rngs(key))
+    for _, value in nnx.iter_graph(block):
+      if isinstance(value, nnx.Variable):
+        # So that a stack of vectors is not taken for a matrix.
+        value.set_metadata(layer_axes=jnp.ndim(value[...]))
+    return block
+
   def stack(mixer):
     keys = jax.random.split(rngs.params(), repeats)
-    return jax.vmap(lambda key: Block(mixer, config, nnx.Rngs(key)))(keys)
+    return jax.vmap(functools.partial(one, mixer))(keys)
 
   return nnx.List([stack(mixer) for mixer in config.mixers])
 

@@ -134,14 +134,20 @@ class CEMA(nnx.Module):
     states = self._states()
     keys = jax.random.split(rngs.params(), 13)
     draw = functools.partial(normal, deviation=0.2)
-    self.A_alpha = nnx.Param(draw(keys[0], (d_model, states)))
-    self.A_delta = nnx.Param(draw(keys[1], (d_model, len(self._learned()))))
-    self.A_theta = nnx.Param(_angles(keys[2], d_model))
+    self.A_alpha = nnx.Param(
+      draw(keys[0], (d_model, states)), weight_decay=False
+    )
+    self.A_delta = nnx.Param(
+      draw(keys[1], (d_model, len(self._learned()))), weight_decay=False
+    )
+    self.A_theta = nnx.Param(_angles(keys[2], d_model), weight_decay=False)
     real = jax.random.normal(keys[3], (d_model, states), jnp.float32)
-    self.gamma = nnx.Param(jnp.stack([real, jnp.zeros_like(real)], -1))
+    self.gamma = nnx.Param(
+      jnp.stack([real, jnp.zeros_like(real)], -1), weight_decay=True
+    )
     # The skip ω.
     cut = jax.random.truncated_normal(keys[4], -4, 4, (d_model,), jnp.float32)
-    self.D = nnx.Param(0.25 * cut)
+    self.D = nnx.Param(0.25 * cut, weight_decay=False)
     self.norm = RMSNorm(d_model, epsilon=config.norm_epsilon)
     own = config.init == "mamba"
     weight = functools.partial(linear_weight, init=config.init)
@@ -152,13 +158,15 @@ class CEMA(nnx.Module):
       return torch_uniform(key, (size,), d_model) if own else zeros
 
     self.out_proj = nnx.Param(out(keys[5], d_model, d_model))
-    self.out_bias = nnx.Param(bias(keys[6], d_model) / n_layers**0.5)
+    self.out_bias = nnx.Param(
+      bias(keys[6], d_model) / n_layers**0.5, weight_decay=False
+    )
     if config.gate:
       inner = config.expand * d_model
       self.value_proj = nnx.Param(weight(keys[7], d_model, inner))
-      self.value_bias = nnx.Param(bias(keys[8], inner))
+      self.value_bias = nnx.Param(bias(keys[8], inner), weight_decay=False)
       self.gate_proj = nnx.Param(weight(keys[9], d_model, inner))
-      self.gate_bias = nnx.Param(bias(keys[10], inner))
+      self.gate_bias = nnx.Param(bias(keys[10], inner), weight_decay=False)
       self.gated_proj = nnx.Param(out(keys[11], inner, d_model))
 
   def __call__(

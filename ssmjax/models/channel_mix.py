@@ -99,8 +99,10 @@ class RWKVChannelMix(nnx.Module):
     hidden, init = config.width or 4 * d_model, config.init
     keys = jax.random.split(rngs.params(), 3)
     # Of the middle layer, see `RWKV4`.
-    self.mix_key = nnx.Param(mix_weight(d_model, 0.5))
-    self.mix_receptance = nnx.Param(mix_weight(d_model, 0.5))
+    self.mix_key = nnx.Param(mix_weight(d_model, 0.5), weight_decay=False)
+    self.mix_receptance = nnx.Param(
+      mix_weight(d_model, 0.5), weight_decay=False
+    )
     self.k_proj = nnx.Param(linear_weight(keys[0], d_model, hidden, init))
     self.r_proj = nnx.Param(linear_weight(keys[1], d_model, d_model, init))
     self.v_proj = nnx.Param(

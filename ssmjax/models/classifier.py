@@ -52,7 +52,7 @@ class Classifier(nnx.Module):
   def __init__(self, config: ClassifierConfig, *, rngs: nnx.Rngs):
     self.config = config
     size = config.d_model
-    zeros = lambda n: nnx.Param(jnp.zeros(n, jnp.float32))
+    zeros = lambda n: nnx.Param(jnp.zeros(n, jnp.float32), weight_decay=False)
     key = rngs.params()
     tokens, features = config.vocab_size, config.n_features
     self.embedding = (
@@ -70,7 +70,7 @@ class Classifier(nnx.Module):
       else nnx.Param(normal(rngs.params(), (config.max_positions, size)))
     )
     self.class_token = (
-      nnx.Param(normal(rngs.params(), (size,), 1.0))
+      nnx.Param(normal(rngs.params(), (size,), 1.0), weight_decay=False)
       if config.pooling == "token"
       else None
     )

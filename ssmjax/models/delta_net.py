@@ -381,8 +381,10 @@ class GatedDeltaNet(DeltaNet):
     rate = jax.random.uniform(
       keys[1], (heads,), jnp.float32, config.rate_min, config.rate_max
     )
-    self.A_log = nnx.Param(jnp.log(rate))
-    self.dt_bias = nnx.Param(log_uniform_dt_bias(keys[2], heads, config))
+    self.A_log = nnx.Param(jnp.log(rate), weight_decay=False)
+    self.dt_bias = nnx.Param(
+      log_uniform_dt_bias(keys[2], heads, config), weight_decay=False
+    )
 
   def _rates(self, x):
     beta, _ = super()._rates(x)

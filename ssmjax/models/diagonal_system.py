@@ -84,12 +84,14 @@ class DiagonalSystem(nnx.Module):
     self.paired = paired
     self.softmax_length = softmax_length
     keys = jax.random.split(key)
-    self.log_dt = nnx.Param(log_uniform(keys[0], (channels,), *dt_range))
+    self.log_dt = nnx.Param(
+      log_uniform(keys[0], (channels,), *dt_range), weight_decay=False
+    )
     A, B = _spectrum(spectrum, d_state)
     copies = lambda v: jnp.asarray(
       np.broadcast_to(v, (1 if shared else channels, *v.shape)), jnp.float32
     )
-    self.A_log = nnx.Param(copies(np.log(-A.real)))
+    self.A_log = nnx.Param(copies(np.log(-A.real)), weight_decay=False)
     states = self.polarization.total(d_state)
     # Of their own: in a stack of layers the weights have an axis more.
     self.sizes = (channels, states)
@@ -98,7 +100,7 @@ class DiagonalSystem(nnx.Module):
         jax.random.normal(keys[1], (channels, states), jnp.float32)
       )
     else:
-      self.A_imag = nnx.Param(copies(A.imag))
+      self.A_imag = nnx.Param(copies(A.imag), weight_decay=False)
       C = complex_normal(keys[1], (channels, states))
       self.C = nnx.Param(C if paired else 2**0.5 * C)
     if learned_input:
@@ -109,7 +111,7 @@ class DiagonalSystem(nnx.Module):
       if spectrum != "real":
         B = np.stack([B, np.zeros_like(B)], -1)
       B = np.broadcast_to(B, (channels, *B.shape))
-      self.B = nnx.Param(jnp.asarray(B, jnp.float32))
+      self.B = nnx.Param(jnp.asarray(B, jnp.float32), weight_decay=False)
 
   def scan(self, x, D, state, segment_ids, implementation):
     """Run over time: y `[B, T, D]` and the last state `[B, D, N]`."""

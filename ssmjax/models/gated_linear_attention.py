@@ -125,7 +125,7 @@ class GLA(MatrixMixer):
     bias = jnp.zeros((width,), jnp.float32)
     if config.init == "mamba":
       bias = torch_uniform(keys[2], (width,), rank)
-    self.gate_bias = nnx.Param(bias)
+    self.gate_bias = nnx.Param(bias, weight_decay=False)
     self.norm = RMSNorm((heads, values), epsilon=config.epsilon)
 
   def _parts(self):
@@ -191,7 +191,7 @@ class HGRN2(MatrixMixer):
       # γ = σ of it.
       logit = math.log(bound) - math.log1p(-bound)
       full = jnp.full((heads, width), logit, jnp.float32)
-      self.bound_bias = nnx.Param(full)
+      self.bound_bias = nnx.Param(full, weight_decay=False)
     self.norm = RMSNorm(heads * values, epsilon=self.config.epsilon)
 
   def _parts(self):

@@ -144,7 +144,7 @@ class H3(nnx.Module):
     self.in_proj = nnx.Param(
       linear_weight(keys[0], d_model, 3 * d_model, config.init)
     )
-    self.in_bias = nnx.Param(bias(keys[1], 3 * d_model))
+    self.in_bias = nnx.Param(bias(keys[1], 3 * d_model), weight_decay=False)
     self.shift = ShortConv(d_model, config.d_conv, keys[2], bias=False)
     # The shift system's skip, N(0, 1) in the released code.
     skip = jax.random.normal(keys[3], (d_model,), jnp.float32)
@@ -158,11 +158,15 @@ class H3(nnx.Module):
       discretization=config.discretization,
       polarization=config.polarization,
     )
-    self.D = nnx.Param(jax.random.normal(keys[5], (heads,), jnp.float32))
+    self.D = nnx.Param(
+      jax.random.normal(keys[5], (heads,), jnp.float32), weight_decay=False
+    )
     self.out_proj = nnx.Param(
       output_weight(keys[6], d_model, d_model, config.init, n_layers)
     )
-    self.out_bias = nnx.Param(bias(keys[7], d_model) / n_layers**0.5)
+    self.out_bias = nnx.Param(
+      bias(keys[7], d_model) / n_layers**0.5, weight_decay=False
+    )
 
   def __call__(
     self,

@@ -152,29 +152,32 @@ class Hyena(nnx.Module):
     self.in_proj = nnx.Param(
       linear_weight(keys[0], d_model, inner, config.init)
     )
-    self.in_bias = nnx.Param(bias(keys[1], inner))
+    self.in_bias = nnx.Param(bias(keys[1], inner), weight_decay=False)
     self.conv = ShortConv(inner, config.d_conv, keys[2])
     features, width = 2 * config.filter_bands + 1, config.filter_width
-    draw = lambda key, shape, fan_in: nnx.Param(
-      torch_uniform(key, shape, fan_in)
+    draw = lambda key, shape, fan_in, **metadata: nnx.Param(
+      torch_uniform(key, shape, fan_in), **metadata
     )
     self.filter_in = draw(keys[3], (features, width), features)
-    self.filter_in_bias = draw(keys[4], (width,), features)
+    self.filter_in_bias = draw(keys[4], (width,), features, weight_decay=False)
     hidden = (config.filter_layers, width)
     self.filter_hidden = draw(keys[5], (*hidden, width), width)
-    self.filter_hidden_bias = draw(keys[6], hidden, width)
+    self.filter_hidden_bias = draw(keys[6], hidden, width, weight_decay=False)
     self.filter_frequency = nnx.Param(
-      jnp.full((width,), config.frequency, jnp.float32)
+      jnp.full((width,), config.frequency, jnp.float32), weight_decay=False
     )
     outputs = (config.order - 1) * d_model
     self.filter_out = draw(keys[7], (width, outputs), width)
     self.D = nnx.Param(
-      jax.random.normal(keys[8], (config.order - 1, d_model), jnp.float32)
+      jax.random.normal(keys[8], (config.order - 1, d_model), jnp.float32),
+      weight_decay=False,
     )
     self.out_proj = nnx.Param(
       output_weight(keys[9], d_model, d_model, config.init, n_layers)
     )
-    self.out_bias = nnx.Param(bias(keys[10], d_model) / n_layers**0.5)
+    self.out_bias = nnx.Param(
+      bias(keys[10], d_model) / n_layers**0.5, weight_decay=False
+    )
 
   def __call__(
     self,

@@ -46,7 +46,7 @@ class RMSNorm(nnx.Module):
   """
 
   def __init__(self, size: int | tuple[int, ...], *, epsilon: float = 1e-5):
-    self.scale = nnx.Param(jnp.ones(size, jnp.float32))
+    self.scale = nnx.Param(jnp.ones(size, jnp.float32), weight_decay=False)
     self.epsilon = epsilon
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -64,8 +64,8 @@ class LayerNorm(nnx.Module):
   """
 
   def __init__(self, size: int | tuple[int, ...], *, epsilon: float = 1e-5):
-    self.scale = nnx.Param(jnp.ones(size, jnp.float32))
-    self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
+    self.scale = nnx.Param(jnp.ones(size, jnp.float32), weight_decay=False)
+    self.bias = nnx.Param(jnp.zeros(size, jnp.float32), weight_decay=False)
     self.epsilon = epsilon
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -86,7 +86,9 @@ class ShortConv(nnx.Module):
     keys = jax.random.split(key)
     self.weight = nnx.Param(torch_uniform(keys[0], (width, channels), width))
     self.bias = (
-      nnx.Param(torch_uniform(keys[1], (channels,), width)) if bias else None
+      nnx.Param(torch_uniform(keys[1], (channels,), width), weight_decay=False)
+      if bias
+      else None
     )
 
   def __call__(

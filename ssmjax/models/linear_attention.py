@@ -153,7 +153,9 @@ class LinearAttention(MatrixMixer):
       eye = jnp.eye(width, count, dtype=jnp.float32)
       # The identity at first, as Hedgehog has it.
       self.feature_weight = nnx.Param(jnp.tile(eye, (2, heads, 1, 1)))
-      self.feature_bias = nnx.Param(jnp.zeros((2, heads, count), jnp.float32))
+      self.feature_bias = nnx.Param(
+        jnp.zeros((2, heads, count), jnp.float32), weight_decay=False
+      )
     if config.head_norm:
       self.norm = RMSNorm((heads, values))
 

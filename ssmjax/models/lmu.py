@@ -124,12 +124,16 @@ class LMU(nnx.Module):
     self.in_proj = nnx.Param(
       linear_weight(keys[0], d_model, config.channels, config.init)
     )
-    self.in_bias = nnx.Param(bias(keys[1], config.channels, d_model))
+    self.in_bias = nnx.Param(
+      bias(keys[1], config.channels, d_model), weight_decay=False
+    )
     # W_m above W_x.
     self.read_proj = nnx.Param(
       linear_weight(keys[2], inner, d_model, config.init)
     )
-    self.read_bias = nnx.Param(bias(keys[3], d_model, inner))
+    self.read_bias = nnx.Param(
+      bias(keys[3], d_model, inner), weight_decay=False
+    )
     self.out_proj = nnx.Param(
       output_weight(keys[4], d_model, d_model, config.init, n_layers)
     )

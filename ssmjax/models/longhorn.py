@@ -139,8 +139,10 @@ class Longhorn(nnx.Module):
     self.conv = ShortConv(inner, config.d_conv, keys[1])
     self.x_proj = linear(keys[2], inner, rank + 2 * self._states())
     self.beta_proj = linear(keys[3], rank, inner)
-    self.beta_bias = nnx.Param(jnp.zeros((inner,), jnp.float32))
-    self.D = nnx.Param(jnp.ones((inner,), jnp.float32))
+    self.beta_bias = nnx.Param(
+      jnp.zeros((inner,), jnp.float32), weight_decay=False
+    )
+    self.D = nnx.Param(jnp.ones((inner,), jnp.float32), weight_decay=False)
     self.out_proj = nnx.Param(
       output_weight(keys[4], inner, d_model, config.init, n_layers)
     )

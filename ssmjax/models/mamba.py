@@ -148,20 +148,24 @@ class Mamba(nnx.Module):
     self.conv_weight = nnx.Param(
       torch_uniform(keys[1], (config.d_conv, inner), config.d_conv)
     )
-    self.conv_bias = nnx.Param(torch_uniform(keys[2], (inner,), config.d_conv))
+    self.conv_bias = nnx.Param(
+      torch_uniform(keys[2], (inner,), config.d_conv), weight_decay=False
+    )
     self.x_proj = nnx.Param(linear(keys[3], inner, rank + 2 * states))
     self.dt_proj = nnx.Param(linear(keys[4], rank, inner))
     self.dt_bias = nnx.Param(
       log_uniform_dt_bias(keys[5], inner, config)
       if own
-      else jnp.zeros((inner,), jnp.float32)
+      else jnp.zeros((inner,), jnp.float32),
+      weight_decay=False,
     )
     # S4D-real: A_dn = -n (Gu et al. 2022, arXiv 2206.11893).
     levels = jnp.arange(1, config.d_state + 1, dtype=jnp.float32)
     self.A_log = nnx.Param(
-      jnp.broadcast_to(jnp.log(levels)[None], (inner, config.d_state)) + 0.0
+      jnp.broadcast_to(jnp.log(levels)[None], (inner, config.d_state)) + 0.0,
+      weight_decay=False,
     )
-    self.D = nnx.Param(jnp.ones((inner,), jnp.float32))
+    self.D = nnx.Param(jnp.ones((inner,), jnp.float32), weight_decay=False)
     out_proj = linear(keys[6], inner, d_model)
     # One residual branch a layer (authors: two, as in GPT-2).
     out_proj = out_proj / math.sqrt(n_layers if own else 2 * n_layers)

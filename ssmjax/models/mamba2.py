@@ -200,19 +200,20 @@ class Mamba2(nnx.Module):
     self.dt_bias = nnx.Param(
       log_uniform_dt_bias(keys[2], heads, config)
       if own
-      else jnp.zeros((heads,), jnp.float32)
+      else jnp.zeros((heads,), jnp.float32),
+      weight_decay=False,
     )
     A = jax.random.uniform(
       keys[3], (learned // config.head_dim,), jnp.float32, config.A_min,
       config.A_max,
     )  # fmt: skip
-    self.A_log = nnx.Param(jnp.log(A))
+    self.A_log = nnx.Param(jnp.log(A), weight_decay=False)
     skips = width if config.skip_per_channel else heads
-    self.D = nnx.Param(jnp.ones((skips,), jnp.float32))
+    self.D = nnx.Param(jnp.ones((skips,), jnp.float32), weight_decay=False)
     self.norm_scale = (
       None
       if config.norm == "none"
-      else nnx.Param(jnp.ones((width,), jnp.float32))
+      else nnx.Param(jnp.ones((width,), jnp.float32), weight_decay=False)
     )
     self.out_proj = nnx.Param(
       output_weight(keys[4], mlp + width, d_model, config.init, n_layers)

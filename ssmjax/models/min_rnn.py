@@ -155,7 +155,8 @@ class _MinRNN(nnx.Module):
         torch_uniform(keys[0], (config.d_conv, d_model), config.d_conv)
       )
       self.conv_bias = nnx.Param(
-        torch_uniform(keys[1], (d_model,), config.d_conv)
+        torch_uniform(keys[1], (d_model,), config.d_conv),
+        weight_decay=False,
       )
     width = (self._gates + 1) * channels
     self.in_proj = nnx.Param(linear(keys[2], d_model, width))
@@ -163,7 +164,9 @@ class _MinRNN(nnx.Module):
     if own:
       in_bias = torch_uniform(keys[3], (width,), d_model)
     forget = self._forget_sign * config.forget_bias
-    self.in_bias = nnx.Param(in_bias.at[:channels].add(forget))
+    self.in_bias = nnx.Param(
+      in_bias.at[:channels].add(forget), weight_decay=False
+    )
     # One residual branch a layer (authors: two, as in GPT-2).
     scale = 1 / math.sqrt(n_layers if own else 2 * n_layers)
     self.out_proj = nnx.Param(scale * linear(keys[4], channels, d_model))

@@ -166,7 +166,8 @@ class MLSTM(nnx.Module):
           jnp.full((heads,), config.input_bias, jnp.float32),
           jnp.linspace(3.0, 6.0, heads, dtype=jnp.float32),
         ]
-      )
+      ),
+      weight_decay=False,
     )
     self.norm = LayerNorm((heads, self.head_value), epsilon=1e-6)
     self.out_proj = nnx.Param(

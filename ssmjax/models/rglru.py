@@ -163,26 +163,32 @@ class RGLRU(nnx.Module):
       return torch_uniform(key, shape, fan_in) if own else zeros
 
     self.in_proj = nnx.Param(linear(keys[0], (d_model, 2 * channels)))
-    self.in_bias = nnx.Param(bias(keys[1], (2 * channels,), d_model))
+    self.in_bias = nnx.Param(
+      bias(keys[1], (2 * channels,), d_model), weight_decay=False
+    )
     self.conv_weight = nnx.Param(
       torch_uniform(keys[2], (config.d_conv, channels), config.d_conv)
     )
     self.conv_bias = nnx.Param(
-      torch_uniform(keys[3], (channels,), config.d_conv)
+      torch_uniform(keys[3], (channels,), config.d_conv), weight_decay=False
     )
     gates = (config.num_blocks, block, 2 * block)
     # LeCun's deviation, as in the released code.
     gate_proj = normal(keys[4], gates, block**-0.5 if own else 0.02)
     self.gate_proj = nnx.Param(gate_proj)
     self.gate_bias = nnx.Param(
-      jnp.zeros((config.num_blocks, 2 * block), jnp.float32)
+      jnp.zeros((config.num_blocks, 2 * block), jnp.float32), weight_decay=False
     )
-    self.decay_param = nnx.Param(_decay_param(keys[5], channels, config))
+    self.decay_param = nnx.Param(
+      _decay_param(keys[5], channels, config), weight_decay=False
+    )
     # One residual branch a layer (authors: two, as in GPT-2).
     scale = 1 / math.sqrt(n_layers if own else 2 * n_layers)
     out_proj = scale * linear(keys[6], (channels, d_model))
     self.out_proj = nnx.Param(out_proj)
-    self.out_bias = nnx.Param(scale * bias(keys[7], (d_model,), channels))
+    self.out_bias = nnx.Param(
+      scale * bias(keys[7], (d_model,), channels), weight_decay=False
+    )
 
   def __call__(
     self,

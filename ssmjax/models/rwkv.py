@@ -155,11 +155,15 @@ class _RWKV(nnx.Module):
     keys = jax.random.split(rngs.params(), 6)
     for name in _MIXES:
       setattr(
-        self, f"mix_{name}", nnx.Param(mix_weight(d_model, *_MIXES[name]))
+        self,
+        f"mix_{name}",
+        nnx.Param(mix_weight(d_model, *_MIXES[name]), weight_decay=False),
       )
     n = jnp.arange(keys_width, dtype=jnp.float32)
     place = n / max(keys_width - 1, 1)
-    by_head = lambda x: nnx.Param(x.reshape(heads, self.head_key))
+    by_head = lambda x: nnx.Param(
+      x.reshape(heads, self.head_key), weight_decay=False
+    )
     self.time_decay = by_head(-6 + 5 * place**1.35)
     self.bonus = by_head((1 - place) / 2 + 0.1 * ((n + 1) % 3 - 1))
     draw = lambda key, size: linear_weight(key, d_model, size, config.init)
@@ -331,8 +335,8 @@ class RWKV6(_RWKV):
     draw = lambda key, bound, *shape: nnx.Param(
       jax.random.uniform(key, shape, jnp.float32, -bound, bound)
     )
-    self.mix_w = nnx.Param(mix_weight(self.d_model, 0.5))
-    self.mix_x = nnx.Param(mix_weight(self.d_model, 0.5))
+    self.mix_w = nnx.Param(mix_weight(self.d_model, 0.5), weight_decay=False)
+    self.mix_x = nnx.Param(mix_weight(self.d_model, 0.5), weight_decay=False)
     # The released code begins the first matrices at 0, or here.
     self.mix_down = draw(keys[0], 1e-4, self.d_model, 5 * rank)
     self.mix_up = draw(keys[1], 1e-2, 5, rank, self.d_model)

@@ -133,13 +133,19 @@ class RWKV4(nnx.Module):
     keys = jax.random.split(rngs.params(), 4)
     # The released code grades these from the first layer to the last; a mixer
     # does not know its place, so it takes the middle's.
-    self.mix_key = nnx.Param(mix_weight(d_model, 0.5))
-    self.mix_value = nnx.Param(mix_weight(d_model, 0.5, 0.15))
-    self.mix_receptance = nnx.Param(mix_weight(d_model, 0.25))
+    self.mix_key = nnx.Param(mix_weight(d_model, 0.5), weight_decay=False)
+    self.mix_value = nnx.Param(
+      mix_weight(d_model, 0.5, 0.15), weight_decay=False
+    )
+    self.mix_receptance = nnx.Param(
+      mix_weight(d_model, 0.25), weight_decay=False
+    )
     n = jnp.arange(channels, dtype=jnp.float32)
     place = n / max(channels - 1, 1)
-    self.time_decay = nnx.Param(-5 + 8 * place**1.35)
-    self.bonus = nnx.Param(jnp.log(0.3) + 0.5 * ((n + 1) % 3 - 1))
+    self.time_decay = nnx.Param(-5 + 8 * place**1.35, weight_decay=False)
+    self.bonus = nnx.Param(
+      jnp.log(0.3) + 0.5 * ((n + 1) % 3 - 1), weight_decay=False
+    )
     weight = lambda key: linear_weight(key, d_model, channels, config.init)
     self.k_proj = nnx.Param(weight(keys[0]))
     self.v_proj = nnx.Param(weight(keys[1]))

@@ -133,14 +133,15 @@ class _DPLRSystem(nnx.Module):
     )
     pair = lambda v: copies(np.stack([v, np.zeros_like(v)], -1))
     self.log_dt = nnx.Param(
-      log_uniform(keys[0], (channels,), config.dt_min, config.dt_max)
+      log_uniform(keys[0], (channels,), config.dt_min, config.dt_max),
+      weight_decay=False,
     )
     # Of their own: in a stack of layers the weights have an axis more.
     self.sizes = (channels, size)
-    self.A_log = nnx.Param(copies(np.log(-A.real[size:])))
-    self.A_imag = nnx.Param(copies(A.imag[size:]))
-    self.P = nnx.Param(pair(P[size:]))
-    self.B = nnx.Param(pair(B[size:]))
+    self.A_log = nnx.Param(copies(np.log(-A.real[size:])), weight_decay=False)
+    self.A_imag = nnx.Param(copies(A.imag[size:]), weight_decay=False)
+    self.P = nnx.Param(pair(P[size:]), weight_decay=False)
+    self.B = nnx.Param(pair(B[size:]), weight_decay=False)
     self.C = nnx.Param(complex_normal(keys[1], (channels, size)))
 
   def scan(self, x, D, state, segment_ids, implementation):

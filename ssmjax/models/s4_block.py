@@ -44,7 +44,9 @@ class S4Block(nnx.Module):
     self.d_model = d_model
     self.system = system
     keys = jax.random.split(key, 4)
-    self.D = nnx.Param(jax.random.normal(keys[0], (d_model,), jnp.float32))
+    self.D = nnx.Param(
+      jax.random.normal(keys[0], (d_model,), jnp.float32), weight_decay=False
+    )
     out_proj = output_weight(keys[1], d_model, d_model, config.init, depth)
     if config.gate:
       # The gate's half writes nothing by itself, so that depth is not in it.
@@ -55,7 +57,7 @@ class S4Block(nnx.Module):
       out_bias = torch_uniform(keys[3], out_bias.shape, d_model)
       out_bias = out_bias.at[:d_model].divide(depth**0.5)
     self.out_proj = nnx.Param(out_proj)
-    self.out_bias = nnx.Param(out_bias)
+    self.out_bias = nnx.Param(out_bias, weight_decay=False)
 
   def __call__(
     self,

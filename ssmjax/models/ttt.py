@@ -153,7 +153,9 @@ class TTTLinear(nnx.Module):
       ShortConv(d_model, config.d_conv, key) if config.d_conv else None
     )
     self.query_conv, self.key_conv = conv(keys[1]), conv(keys[2])
-    zeros = lambda *shape: nnx.Param(jnp.zeros(shape, jnp.float32))
+    zeros = lambda *shape: nnx.Param(
+      jnp.zeros(shape, jnp.float32), weight_decay=False
+    )
     self.rate_proj = nnx.Param(normal(keys[3], (d_model, heads)))
     self.rate_bias = zeros(heads)
     self.token_scale = zeros(config.mini_batch)

@@ -8,13 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
-# The last name of a parameter that sets a time scale or a skip: the decay A in
-# all its parametrizations, with S4's P and B, D, and the bias or logarithm of
-# the step Δ; RWKV's decays, bonus and token shifts; a filter's frequencies.
+# For trees from elsewhere, the last name of a parameter that sets a time scale
+# or a skip: the decay A in all its parametrizations, with S4's P and B, D, and
+# the bias or logarithm of the step Δ; RWKV's decays, bonus and token shifts; a
+# filter's frequencies; the scale and shift of norms as TensorFlow has them.
 _DYNAMICS = re.compile(
   r"A|A_\w+|\w+_A|B|D|P|dt|log_dt|dt_bias|log_step|Lambda\w*|decay_param"
-  r"|time_decay|bonus|mix_(?!up|down)\w+|filter_frequency|token_scale"
+  r"|time_(decay|first|mix\w*)|bonus|mix_(?!up|down)\w+|filter_frequency"
+  r"|token_scale|tau|gamma|beta"
 )
 
 
@@ -41,12 +44,16 @@ def adamw(
     b2: decay of the second moment.
     eps: added to the root of the second moment.
     mask: from parameters to a tree of booleans, True where decay applies;
-      None means `decay_mask`.
+      None means `decay_mask`: what a parameter says of itself decides,
+      `nnx.Param(value, weight_decay=False)`, and without that its name and
+      its number of axes.
     decay_all: decay every tensor, A_log, D, norms and biases included. This is
       what the code of the paper does.
 
   Returns:
-    The transformation. Moments have the dtype of the parameters (float32).
+    The transformation. Moments have the dtype of the parameters (float32). Its
+    `update` takes `model=`, the module that the parameters are of, for arrays
+    without what the module says of them: `fit` passes it.
 
   >>> optimizer = adamw(1e-3, clip=1.0)
   >>> len(optimizer.init({"kernel": jax.numpy.zeros((2, 2))}))
@@ -54,13 +61,14 @@ def adamw(
   """
   if decay_all and mask is not None:
     raise ValueError("adamw: found both mask and decay_all, expected one.")
-  update = optax.adamw(
-    learning_rate,
-    b1=b1,
-    b2=b2,
-    eps=eps,
-    weight_decay=weight_decay,
-    mask=None if decay_all else mask or decay_mask,
+  if decay_all or mask is not None:
+    decay = optax.add_decayed_weights(weight_decay, mask)
+  else:
+    decay = _decay_by_metadata(weight_decay)
+  update = optax.chain(
+    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    decay,
+    optax.scale_by_learning_rate(learning_rate),
   )
   if clip is None:
     return update
@@ -70,15 +78,38 @@ def adamw(
 def decay_mask(params: Any) -> Any:
   """Marks the parameters that weight decay may pull to zero.
 
-  Not marked are those whose zero is not neutral: A_log, D and dt_bias (decay
-  drives all A to −1, and the states lose their diversity), biases, the scales
-  of norms, and tensors of at most one axis. Names decide before the number of
-  axes does, because stacked blocks give a bias a leading axis.
+  Not to be marked are those whose zero is not neutral: A_log, D and dt_bias
+  (decay drives all A to −1, and the states lose their diversity), biases and
+  the scales of norms. Of each parameter the first rule that speaks decides:
+
+  1. What it says of itself where it is made, `nnx.Param(value,
+     weight_decay=False)` or `True`. All parameters of this library's models
+     whose zero is not neutral say so.
+  2. Its name, where it is one of those that published models give to decays,
+     skips, biases and norms: for arrays from elsewhere.
+  3. Its number of axes: two or more are a matrix, which is marked. In the
+     stacked blocks of this library's models the axis of the stack does not
+     count (`layer_axes` of a parameter's metadata says how many do), so that a
+     user's own vector is a vector at any depth.
+
+  Args:
+    params: a module, its `nnx.state`, or any tree of arrays. A tree of arrays
+      has lost what the module said: give the module where there is one.
+
+  Returns:
+    The same tree with booleans.
 
   >>> decay_mask({"A_log": jnp.ones((4, 2)), "kernel": jnp.ones((4, 2))})
   {'A_log': False, 'kernel': True}
   """
-  return jax.tree_util.tree_map_with_path(_decays, params)
+
+  def mark(path, leaf):
+    decays = _decays(path, leaf)
+    return jax.tree.map(lambda _: decays, leaf)
+
+  return jax.tree_util.tree_map_with_path(
+    mark, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+  )
 
 
 def epoch_cosine(
@@ -134,13 +165,37 @@ def warmup_cosine(
   )
 
 
+def _decay_by_metadata(rate):
+  """Weight decay of what `decay_mask` marks in a model, or in parameters."""
+
+  def init(params):
+    return optax.add_decayed_weights(rate, decay_mask).init(params)
+
+  def update(updates, state, params=None, *, model=None, **_):
+    mask = decay_mask
+    if model is not None:
+      marks = nnx.to_pure_dict(decay_mask(nnx.state(model)))
+      marks = dict(jax.tree_util.tree_leaves_with_path(marks))
+      # By their paths: a transformation around this one may hide some.
+      mask = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, leaf: marks.get(path, _decays(path, leaf)), params
+      )
+    return optax.add_decayed_weights(rate, mask).update(updates, state, params)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
 def _decays(path: tuple, leaf: Any) -> bool:
+  axes = None
+  if isinstance(leaf, nnx.Variable):
+    metadata = leaf.get_metadata()
+    if metadata.get("weight_decay") is not None:
+      return bool(metadata["weight_decay"])
+    axes, leaf = metadata.get("layer_axes"), leaf.get_value()
   names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-  if names and names[-1] == "value":  # Of a Param, in a module or its state.
-    names.pop()
   last = names[-1] if names else ""
   if _DYNAMICS.fullmatch(last) or "bias" in last or last == "scale":
     return False
   if any("norm" in name.lower() for name in names):
     return False
-  return jnp.ndim(leaf) > 1
+  return (jnp.ndim(leaf) if axes is None else axes) > 1

@@ -172,9 +172,13 @@ def make_program(
     grads, metrics = gradient(
       loss, graphdef, params, batch, key, microbatches=microbatches, axis=axis
     )
-    updates, opt_state = optimizer.update(grads, opt_state, params)
+    # The model says what each parameter is, which the arrays alone do not.
+    updates, opt_state = optimizer.update(
+      grads, opt_state, params, model=nnx.merge(graphdef, params)
+    )
     return optax.apply_updates(params, updates), opt_state, metrics
 
+  optimizer = optax.with_extra_args_support(optimizer)
   over_seeds = jax.vmap(update, in_axes=(None, 0, None, 0, 0, 0))
   if len(seeds) == 1:
     over_seeds = _over_one(update)
