@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
+import pydoc
 import re
 from typing import get_args
 
@@ -270,3 +272,21 @@ def test_kinds_are_frozen_and_say_what_runs_them():
     hash(config(**SIZES.get(kind, {})))
     assert config.op is None or callable(getattr(ops, config.op)), kind
     assert config.polarizes in ("channels", "heads", None), kind
+
+
+@pytest.mark.parametrize("made", [LanguageModel, Classifier, *MIXERS])
+def test_signature_of_a_class_shows_how_it_is_made(made):
+  if isinstance(made, str):
+    config = MIXERS[made](**SIZES.get(made, {}))
+    built = jax.eval_shape(lambda: config.build(64, 2, nnx.Rngs(0)))
+    made, named = type(built), ["d_model", "config", "n_layers", "rngs"]
+    # An instance shows how it is called.
+    called = list(inspect.signature(built).parameters)
+    assert called == ["x", "state", "segment_ids"]
+  else:
+    named = ["config", "rngs"]
+  parameters = inspect.signature(made).parameters
+  assert list(parameters) == named
+  assert parameters["rngs"].kind is inspect.Parameter.KEYWORD_ONLY
+  help_text = pydoc.plain(pydoc.render_doc(made))
+  assert f"{made.__name__}({named[0]}: " in help_text

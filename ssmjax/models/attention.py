@@ -11,6 +11,7 @@ from flax import nnx
 
 from ssmjax.models.doors import check_call, check_step
 from ssmjax.models.layers import affine, normal, torch_uniform
+from ssmjax.models.module import Module
 from ssmjax.models.softmax import attend, attend_window
 from ssmjax.ops.segments import segment_masks
 from ssmjax.types import (
@@ -108,7 +109,7 @@ class AttentionConfig:
     return Attention(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class Attention(nnx.Module):
+class Attention(Module):
   """Causal multi-head softmax attention with a key-value state.
 
   yₜ = W_out Σ_{s ≤ t} softmax_s(qₜ · k_s / √K) v_s

@@ -16,6 +16,7 @@ from ssmjax.models.config import (
 from ssmjax.models.doors import check_state
 from ssmjax.models.gelu import gelu
 from ssmjax.models.layers import LayerNorm, RMSNorm, affine, linear_weight
+from ssmjax.models.module import Module
 from ssmjax.ops.class_ids import known_ids
 from ssmjax.types import Array, Float, Int
 
@@ -35,7 +36,7 @@ AnyConfig = ModelConfig | ClassifierConfig
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
-class Block(nnx.Module):
+class Block(Module):
   """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP.
 
   In parallel, x + mixer(norm(x)) + mlp(norm(x)).
@@ -76,7 +77,7 @@ class Block(nnx.Module):
     return mixed + self.mlp(x if self.parallel else mixed).astype(x.dtype)
 
 
-class MLP(nnx.Module):
+class MLP(Module):
   """W₂ f(W₁ norm(x)), or W₂ (f(Wₘ norm(x)) ∘ W₁ norm(x)) with a gate."""
 
   def __init__(self, config: AnyConfig, rngs: nnx.Rngs):

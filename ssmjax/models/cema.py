@@ -22,6 +22,7 @@ from ssmjax.models.layers import (
   output_weight,
   torch_uniform,
 )
+from ssmjax.models.module import Module
 from ssmjax.polarization import polarize
 from ssmjax.types import (
   Array,
@@ -88,7 +89,7 @@ class CEMAConfig:
     return CEMA(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class CEMA(nnx.Module):
+class CEMA(Module):
   """The moving-average sub-layer of Megalodon.
 
   hₜ = (1 - α∘δ) e^{iθ} ∘ hₜ₋₁ + α xₜ,  uₜ = Re Σₙ γₙ hₜₙ / √N + ω xₜ

@@ -14,6 +14,7 @@ from ssmjax.models.layers import (
   linear_weight,
   output_weight,
 )
+from ssmjax.models.module import Module
 from ssmjax.models.token_shift import (
   mix,
   mix_weight,
@@ -63,7 +64,7 @@ class RWKVChannelMixConfig:
     return RWKVChannelMix(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class RWKVChannelMix(nnx.Module):
+class RWKVChannelMix(Module):
   """The second half of an RWKV block, as a layer of the pattern.
 
   x̃ = μ x_t + (1 - μ) x_{t-1}, its own μ for k and r

@@ -16,6 +16,7 @@ from ssmjax.models.layers import (
   linear_weight,
   normal,
 )
+from ssmjax.models.module import Module
 from ssmjax.ops.segments import last_valid
 from ssmjax.types import (
   Array,
@@ -31,7 +32,7 @@ __all__ = ["Classifier"]
 
 
 @register_model("classifier")
-class Classifier(nnx.Module):
+class Classifier(Module):
   """Classes of whole sequences, of tokens or of real features.
 
   x = E[tokens] or W features + b;  x = blocks(x);

@@ -22,6 +22,7 @@ from ssmjax.models.layers import (
   output_weight,
 )
 from ssmjax.models.mamba import check_dt_range, log_uniform_dt_bias
+from ssmjax.models.module import Module
 from ssmjax.types import (
   Array,
   Count,
@@ -154,7 +155,7 @@ class GatedDeltaNetConfig(DeltaNetConfig):
     return GatedDeltaNet(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class DeltaNet(nnx.Module):
+class DeltaNet(Module):
   """DeltaNet: linear attention whose memory replaces a key's old value.
 
   q, k = φ(conv(W_q x)) / ‖·‖, φ(conv(W_k x)) / ‖·‖;  v = silu(conv(W_v x))

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 from ssmjax import ops
+from ssmjax.models.module import Module
 from ssmjax.polarization import polarize
 from ssmjax.types import (
   Array,
@@ -31,7 +32,7 @@ __all__ = [
 SPECTRA = ("legs", "lin", "inv", "real")
 
 
-class DiagonalSystem(nnx.Module):
+class DiagonalSystem(Module):
   """h'(t) = A h(t) + B x(t),  y = 2 Re C h,  A = -exp(A_log) + i A_imag.
 
   N complex states stand for 2N, themselves and their conjugates; if not

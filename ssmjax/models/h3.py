@@ -17,6 +17,7 @@ from ssmjax.models.layers import (
   output_weight,
   torch_uniform,
 )
+from ssmjax.models.module import Module
 from ssmjax.models.s4_block import check_system
 from ssmjax.types import (
   Array,
@@ -88,7 +89,7 @@ class H3Config:
     return H3(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class H3(nnx.Module):
+class H3(Module):
   """H3: keys shifted, then multiplied by values, summed, and by queries.
 
   q, k, v = split(W_in x + b_in);  k̂ = shift(k)

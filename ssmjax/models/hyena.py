@@ -21,6 +21,7 @@ from ssmjax.models.layers import (
   output_weight,
   torch_uniform,
 )
+from ssmjax.models.module import Module
 from ssmjax.types import (
   Array,
   Count,
@@ -103,7 +104,7 @@ class HyenaConfig:
     return Hyena(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class Hyena(nnx.Module):
+class Hyena(Module):
   """The Hyena operator of order N.
 
   x¹, …, xᴺ, v = split(shortconv(W_in input + b_in))

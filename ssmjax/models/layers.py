@@ -11,6 +11,7 @@ from jax import lax
 from jax.lax import Precision
 
 from ssmjax import ops
+from ssmjax.models.module import Module
 from ssmjax.ops.varying import match_varying
 from ssmjax.types import (
   Array,
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-class RMSNorm(nnx.Module):
+class RMSNorm(Module):
   """x / RMS(x) · scale over the last axis, computed in float32.
 
   With a size of `(H, P)` it is a norm of each head's P channels, which have
@@ -57,7 +58,7 @@ class RMSNorm(nnx.Module):
     return y.astype(x.dtype)
 
 
-class LayerNorm(nnx.Module):
+class LayerNorm(Module):
   """(x - mean) / deviation · scale + bias over the last axis, in float32.
 
   A size of `(H, P)` as in `RMSNorm`.
@@ -77,7 +78,7 @@ class LayerNorm(nnx.Module):
     return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-class ShortConv(nnx.Module):
+class ShortConv(Module):
   """A causal convolution of each channel with W taps of its own."""
 
   def __init__(self, channels: int, width: int, key, *, bias: bool = True):

@@ -20,6 +20,7 @@ from ssmjax.models.blocks import (
 from ssmjax.models.config import MixerConfig, ModelConfig
 from ssmjax.models.config_json import describe_config, read_config
 from ssmjax.models.layers import LayerNorm, clear_padding, linear_weight, normal
+from ssmjax.models.module import Module
 from ssmjax.types import (
   Array,
   Float,
@@ -46,7 +47,7 @@ class ModelState(NamedTuple):
 
 
 @register_model("language_model")
-class LanguageModel(nnx.Module):
+class LanguageModel(Module):
   """A causal language model.
 
   x = E[tokens];  x = x + mixer(norm(x)) for each block;  logits = norm(x) Eᵀ

@@ -20,6 +20,7 @@ from ssmjax.models.layers import (
   output_weight,
   torch_uniform,
 )
+from ssmjax.models.module import Module
 from ssmjax.types import (
   Array,
   Float,
@@ -79,7 +80,7 @@ class LMUConfig:
     return LMU(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class LMU(nnx.Module):
+class LMU(Module):
   """The Legendre memory unit, in its form without a nonlinear loop.
 
   u_t = f(W_u x_t + b_u);  m_t = Ā m_{t-1} + B̄ u_t

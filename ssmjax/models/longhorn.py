@@ -20,6 +20,7 @@ from ssmjax.models.layers import (
   linear_weight,
   output_weight,
 )
+from ssmjax.models.module import Module
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.varying import match_varying
 from ssmjax.polarization import polarize
@@ -91,7 +92,7 @@ class LonghornConfig:
     return Longhorn(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class Longhorn(nnx.Module):
+class Longhorn(Module):
   """The Longhorn mixer: Mamba's block with another recurrence.
 
   u, z = split(W_in input);  u = silu(conv(u));  δ, k, q = split(W_x u)

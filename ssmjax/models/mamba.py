@@ -12,6 +12,7 @@ from jax.lax import Precision
 from ssmjax import ops
 from ssmjax.models.doors import check_call, check_mixer, check_step
 from ssmjax.models.layers import clear_padding, dense, normal, torch_uniform
+from ssmjax.models.module import Module
 from ssmjax.polarization import selective_decay
 from ssmjax.types import (
   Array,
@@ -95,7 +96,7 @@ class MambaConfig:
     return Mamba(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class Mamba(nnx.Module):
+class Mamba(Module):
   """The Mamba mixer.
 
   x, z = split(W_in input);  u = silu(conv(x));  δ, B, C = split(W_x u)

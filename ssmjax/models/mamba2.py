@@ -20,6 +20,7 @@ from ssmjax.models.layers import (
   output_weight,
 )
 from ssmjax.models.mamba import check_dt_range, log_uniform_dt_bias
+from ssmjax.models.module import Module
 from ssmjax.polarization import polarize
 from ssmjax.types import (
   Array,
@@ -130,7 +131,7 @@ class Mamba2Config:
     return Mamba2(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class Mamba2(nnx.Module):
+class Mamba2(Module):
   """The Mamba-2 mixer.
 
   m, n, z, (x, B, C), δ = split(W_in input);  x, B, C = silu(conv(x, B, C))

@@ -21,6 +21,7 @@ from ssmjax.models.layers import (
   linear_weight,
   output_weight,
 )
+from ssmjax.models.module import Module
 from ssmjax.types import (
   Array,
   Float,
@@ -70,7 +71,7 @@ class MatrixMixerConfig:
     check_exact(type(self).__name__, getattr(self, "polarization", None))
 
 
-class MatrixMixer(nnx.Module):
+class MatrixMixer(Module):
   """One product to the heads' parts, the recurrence, one product back.
 
   A layer says how wide its parts and its memory are, `_parts` and

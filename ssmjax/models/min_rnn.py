@@ -18,6 +18,7 @@ from ssmjax.models.layers import (
   normal,
   torch_uniform,
 )
+from ssmjax.models.module import Module
 from ssmjax.polarization import polarize
 from ssmjax.types import (
   Array,
@@ -110,7 +111,7 @@ class MinLSTMConfig(_MinRNNConfig):
     return MinLSTM(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class _MinRNN(nnx.Module):
+class _MinRNN(Module):
   """A convex mean of past and candidate: a = σ(-ℓ), Δ = σ(ℓ) = 1 - a.
 
   A cell is its ℓ, `_logit`, of its gates before their σ.

@@ -21,6 +21,7 @@ from ssmjax.models.layers import (
   linear_weight,
   output_weight,
 )
+from ssmjax.models.module import Module
 from ssmjax.ops.segments import segment_masks
 from ssmjax.ops.stabiliser import running_maximum
 from ssmjax.polarization import polarize_log
@@ -94,7 +95,7 @@ class MLSTMConfig:
     return MLSTM(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class MLSTM(nnx.Module):
+class MLSTM(Module):
   """xLSTM's matrix memory, in the layer of its 7B model.
 
   q, k, v = W_q x, W_k x, W_v x;  o = σ(W_o x)

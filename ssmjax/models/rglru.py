@@ -18,6 +18,7 @@ from ssmjax.models.layers import (
   normal,
   torch_uniform,
 )
+from ssmjax.models.module import Module
 from ssmjax.ops.segments import segment_masks
 from ssmjax.polarization import polarize
 from ssmjax.types import (
@@ -103,7 +104,7 @@ class RGLRUConfig:
     return RGLRU(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class RGLRU(nnx.Module):
+class RGLRU(Module):
   """Griffin's recurrent block around the Real-Gated Linear Recurrent Unit.
 
   x, z = split(W_in input + b_in);  u = conv(x)

@@ -21,6 +21,7 @@ from ssmjax.models.layers import (
   linear_weight,
   output_weight,
 )
+from ssmjax.models.module import Module
 from ssmjax.models.token_shift import (
   mix,
   mix_weight,
@@ -115,7 +116,7 @@ class RWKV6Config(_RWKVConfig):
     return RWKV6(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class _RWKV(nnx.Module):
+class _RWKV(Module):
   """What both have in common; a version is its token shift and its decay."""
 
   _config: ClassVar[type[_RWKVConfig]]

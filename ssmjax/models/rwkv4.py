@@ -18,6 +18,7 @@ from ssmjax.models.layers import (
   linear_weight,
   output_weight,
 )
+from ssmjax.models.module import Module
 from ssmjax.models.token_shift import (
   mix,
   mix_weight,
@@ -91,7 +92,7 @@ class RWKV4Config:
     return RWKV4(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class RWKV4(nnx.Module):
+class RWKV4(Module):
   """RWKV-4's time mix.
 
   x̃ = μ x_t + (1 - μ) x_{t-1}, its own μ for each of k, v and r

@@ -11,6 +11,7 @@ from jax import lax
 
 from ssmjax import ops
 from ssmjax.models.diagonal_system import complex_normal, log_uniform, whole
+from ssmjax.models.module import Module
 from ssmjax.models.s4_block import S4Block, check_system
 from ssmjax.types import (
   Array,
@@ -120,7 +121,7 @@ class S4(S4Block):
     )
 
 
-class _DPLRSystem(nnx.Module):
+class _DPLRSystem(Module):
   """hₜ = Ā hₜ₋₁ + B̄ xₜ,  y = 2 Re C h + D x, `[D, N]` halves of pairs."""
 
   def __init__(self, channels: int, config: S4Config, key):

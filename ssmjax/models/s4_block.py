@@ -16,6 +16,7 @@ from ssmjax.models.layers import (
   output_weight,
   torch_uniform,
 )
+from ssmjax.models.module import Module
 from ssmjax.types import Array, Float, Inexact, Int, check_fields
 
 __all__ = ["S4Block", "S4State", "check_system"]
@@ -32,7 +33,7 @@ class S4State(NamedTuple):
   hidden: Inexact[Array, "B D N"]
 
 
-class S4Block(nnx.Module):
+class S4Block(Module):
   """y = glu(W_out gelu(system(x) + D x) + b_out), or without the glu.
 
   A layer gives it a system with `scan`, `step` and `init_state`.

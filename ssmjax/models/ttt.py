@@ -21,6 +21,7 @@ from ssmjax.models.layers import (
   output_weight,
   rotate_pairs,
 )
+from ssmjax.models.module import Module
 from ssmjax.types import (
   Array,
   Count,
@@ -92,7 +93,7 @@ class TTTLinearConfig:
     return TTTLinear(d_model, self, n_layers=n_layers, rngs=rngs)
 
 
-class TTTLinear(nnx.Module):
+class TTTLinear(Module):
   """TTT-linear: the state is a linear model, its update a gradient step.
 
   q, k, v = R_i W_q x, R_i W_k x, W_v x,  R_i the rotation by the place i in
