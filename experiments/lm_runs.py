@@ -58,7 +58,8 @@ class TextSettings:
   max_bytes: int | None = None
   length: int = 256
 
-  __post_init__ = check_fields
+  def __post_init__(self):
+    check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -45,7 +45,8 @@ class Row:
   kind: str
   layers: int
 
-  __post_init__ = check_fields
+  def __post_init__(self):
+    check_fields(self)
 
   @property
   def name(self) -> str:
@@ -105,7 +106,8 @@ class Setting:
   prompt_tokens: int = 64
   sample_tokens: int = 256
 
-  __post_init__ = check_fields
+  def __post_init__(self):
+    check_fields(self)
 
   @property
   def checkpoints(self) -> int:

@@ -51,7 +51,8 @@ class Row:
   polarization: Polarization | None = None
   mixer: Any = "mamba"
 
-  __post_init__ = check_fields
+  def __post_init__(self):
+    check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Setting:
   stop_above: float | None = None
   test_batch: int = 128
 
-  __post_init__ = check_fields
+  def __post_init__(self):
+    check_fields(self)
 
 
 def setting(

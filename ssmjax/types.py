@@ -384,9 +384,11 @@ def check_fields(config: Any) -> None:
   >>> Config(rates=[1, 2])
   Config(rates=(1.0, 2.0))
   """
-  name = type(config).__name__
-  for field, annotation in field_annotations(type(config)).items():
-    value = check_value(f"{name}: {field}", annotation, getattr(config, field))
+  kind: type = type(config)
+  for field, annotation in field_annotations(kind).items():
+    value = check_value(
+      f"{kind.__name__}: {field}", annotation, getattr(config, field)
+    )
     object.__setattr__(config, field, value)
 
 

@@ -240,8 +240,8 @@ def test_attention_on_explicit_shardings_has_the_whole_gradient(window):
 @pytest.mark.parametrize(
   ("build", "message"),
   [
-    (lambda: AttentionConfig(0), "num_heads is 0, expected 1 or more"),
-    (lambda: AttentionConfig(window=0), "window is 0, expected 1 or more"),
+    (lambda: AttentionConfig(0), "num_heads is 0, expected an integer"),
+    (lambda: AttentionConfig(window=0), "window is 0, expected an integer"),
     (lambda: AttentionConfig(positions="sin"), "positions is 'sin', expected"),
     (
       lambda: AttentionConfig(4, num_kv_heads=3),
@@ -249,7 +249,7 @@ def test_attention_on_explicit_shardings_has_the_whole_gradient(window):
     ),
     (
       lambda: AttentionConfig(rotary_fraction=0.0),
-      "rotary_fraction is 0.0, expected above 0",
+      "rotary_fraction is 0.0, expected a finite",
     ),
     (
       lambda: Attention(8, AttentionConfig(3), rngs=nnx.Rngs(0)),

@@ -174,9 +174,9 @@ def test_options_come_back_from_json():
   ("fields", "message"),
   [
     ({"mlp": "relu"}, "mlp is 'relu', expected one of 'gelu'"),
-    ({"mlp_width": 0}, "mlp_width is 0, expected 1 or more"),
+    ({"mlp_width": 0}, "mlp_width is 0, expected an integer"),
     ({"block_norm": "batch"}, "block_norm is 'batch', expected one of 'rms'"),
-    ({"logit_softcap": 0.0}, "logit_softcap is 0.0, expected a number above"),
+    ({"logit_softcap": 0.0}, "logit_softcap is 0.0, expected a finite number"),
   ],
 )
 def test_model_config_refuses_options_that_cannot_be(fields, message):

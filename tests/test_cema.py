@@ -132,8 +132,8 @@ def test_cema_config_goes_through_json():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"d_state": 0}, "CEMAConfig: d_state is 0, expected 1 or more."),
-    ({"expand": 0}, "CEMAConfig: expand is 0, expected 1 or more."),
+    ({"d_state": 0}, "CEMAConfig: d_state is 0, expected an integer"),
+    ({"expand": 0}, "CEMAConfig: expand is 0, expected an integer"),
     ({"init": "xavier"}, "init is 'xavier', expected one of 'mamba', 'auth"),
     ({"implementation": "pallas"}, "implementation is 'pallas'"),
     (

@@ -164,7 +164,10 @@ def test_configuration_comes_back_from_json():
   [
     (lambda: ClassifierConfig(3, 8, 2), "expected one of them: tokens or"),
     (lambda: ClassifierConfig(3, 8, 2, 5, 2), "expected one of them: tokens"),
-    (lambda: ClassifierConfig(0, 8, 2, 5), "n_classes is 0, expected 1"),
+    (
+      lambda: ClassifierConfig(0, 8, 2, 5),
+      "n_classes is 0, expected an integer",
+    ),
     (
       lambda: ClassifierConfig(3, 8, 2, 5, pooling="max"),
       "pooling is 'max', expected one of 'mean'",

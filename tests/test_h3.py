@@ -51,8 +51,8 @@ def test_h3_gives_outputs_and_gradients_of_published_code(head_dim):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"head_dim": 0}, "H3Config: head_dim is 0, expected 1 or more."),
-    ({"d_conv": 0}, "H3Config: d_conv is 0, expected 1 or more."),
+    ({"head_dim": 0}, "H3Config: head_dim is 0, expected an integer"),
+    ({"d_conv": 0}, "H3Config: d_conv is 0, expected an integer"),
     ({"spectrum": "hippo"}, "H3Config: spectrum is 'hippo', expected one of"),
     ({"dt_max": 1e-4}, "dt_min is 0.001 and dt_max 0.0001, expected 0 <"),
   ],

@@ -78,8 +78,8 @@ def test_memory_gives_back_its_window():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"channels": 0}, "LMUConfig: channels is 0, expected 1 or more."),
-    ({"window": 0.0}, "window is 0.0, expected a number of tokens above 0."),
+    ({"channels": 0}, "LMUConfig: channels is 0, expected an integer"),
+    ({"window": 0.0}, "window is 0.0, expected a finite number above 0."),
     ({"measure": "lagt"}, "measure is 'lagt', expected one of 'legt', 'legs'"),
     ({"implementation": "pallas"}, "implementation is 'pallas', expected one"),
   ],

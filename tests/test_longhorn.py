@@ -126,8 +126,8 @@ def test_longhorn_goes_through_json_with_every_field():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"d_state": 0}, "LonghornConfig: d_state is 0, expected 1 or more."),
-    ({"dt_rank": 0}, "LonghornConfig: dt_rank is 0, expected 1 or more."),
+    ({"d_state": 0}, "LonghornConfig: d_state is 0, expected an integer"),
+    ({"dt_rank": 0}, "LonghornConfig: dt_rank is 0, expected an integer"),
     ({"init": "xavier"}, "init is 'xavier', expected one of 'mamba', 'auth"),
     (
       {"polarization": Polarization(zeros=1, zero_decay="authors")},

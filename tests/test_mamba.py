@@ -207,8 +207,8 @@ def test_mamba_gives_the_gradient_of_published_code():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"d_state": 0}, "MambaConfig: d_state is 0, expected 1 or more."),
-    ({"dt_rank": 0}, "MambaConfig: dt_rank is 0, expected 1 or more."),
+    ({"d_state": 0}, "MambaConfig: d_state is 0, expected an integer"),
+    ({"dt_rank": 0}, "MambaConfig: dt_rank is 0, expected an integer"),
     ({"dt_min": 0.2}, "dt_min is 0.2 and dt_max 0.1, expected 0 < dt_min <="),
     ({"init": "xavier"}, "init is 'xavier', expected one of 'mamba', 'auth"),
   ],

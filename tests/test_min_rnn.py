@@ -144,8 +144,8 @@ def test_min_rnn_has_a_finite_gradient_over_four_thousand_tokens(cell):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"expand": 0}, "MinLSTMConfig: expand is 0, expected 1 or more."),
-    ({"d_conv": -1}, "MinLSTMConfig: d_conv is -1, expected 0 or more."),
+    ({"expand": 0}, "MinLSTMConfig: expand is 0, expected an integer"),
+    ({"d_conv": -1}, "MinLSTMConfig: d_conv is -1, expected an integer"),
     ({"candidate": "g"}, "candidate is 'g', expected one of 'positive', 'l"),
     ({"init": "xavier"}, "init is 'xavier', expected one of 'mamba', 'auth"),
     (

@@ -104,8 +104,8 @@ def test_mlstm_has_a_finite_gradient_over_four_thousand_tokens():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"num_heads": 0}, "MLSTMConfig: num_heads is 0, expected 1 or more."),
-    ({"gate_soft_cap": 0.0}, "gate_soft_cap is 0.0, expected a number above"),
+    ({"num_heads": 0}, "MLSTMConfig: num_heads is 0, expected an integer"),
+    ({"gate_soft_cap": 0.0}, "gate_soft_cap is 0.0, expected a finite"),
     ({"forget_gate": "tanh"}, "forget_gate is 'tanh', expected one of 'sigmo"),
     (
       {"polarization": Polarization(zeros=1, zero_decay="authors")},

@@ -727,7 +727,7 @@ def test_fit_runs_outside_of_the_main_thread(tmp_path):
   [
     ({"steps": 0}, "steps is 0"),
     ({"seeds": (1, 1)}, "seeds are"),
-    ({"seeds": (-1,)}, "seeds are"),
+    ({"seeds": (-1,)}, r"seeds\[0\] is -1"),
     ({"stop_above": 0.9}, "needs best"),
     ({"keep": 1}, "keep is 1"),
     ({"minutes": 0}, "minutes is 0"),

@@ -137,9 +137,9 @@ def test_hybrid_of_gated_layers_and_windows_goes_through_json():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"width": 0}, "RGLRUConfig: width is 0, expected 1 or more."),
-    ({"num_blocks": 0}, "RGLRUConfig: num_blocks is 0, expected 1 or more."),
-    ({"decay_max": 1.0}, "decay_min is 0.9 and decay_max 1.0, expected 0 <"),
+    ({"width": 0}, "RGLRUConfig: width is 0, expected an integer"),
+    ({"num_blocks": 0}, "RGLRUConfig: num_blocks is 0, expected an integer"),
+    ({"decay_max": 1.0}, "decay_max is 1.0, expected a finite number above"),
     ({"decay_min": 0.9999}, "decay_max 0.999, expected 0 < decay_min <="),
     ({"init": "xavier"}, "init is 'xavier', expected one of 'mamba', 'auth"),
     (

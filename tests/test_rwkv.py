@@ -78,8 +78,16 @@ def test_rwkv_has_a_finite_gradient_over_four_thousand_tokens(kind):
 @pytest.mark.parametrize(
   ("config", "fields", "message"),
   [
-    (RWKV5Config, {"num_heads": 0}, "RWKV5Config: num_heads is 0, expected 1"),
-    (RWKV6Config, {"mix_rank": 0}, "RWKV6Config: mix_rank is 0, expected 1"),
+    (
+      RWKV5Config,
+      {"num_heads": 0},
+      "RWKV5Config: num_heads is 0, expected an integer",
+    ),
+    (
+      RWKV6Config,
+      {"mix_rank": 0},
+      "RWKV6Config: mix_rank is 0, expected an integer",
+    ),
     (RWKV5Config, {"init": "x"}, "init is 'x', expected one of 'mamba', 'auth"),
     (
       RWKV6Config,

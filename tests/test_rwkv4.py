@@ -162,14 +162,14 @@ def test_rwkv4_has_a_finite_gradient_over_four_thousand_tokens():
 @pytest.mark.parametrize(
   ("config", "fields", "message"),
   [
-    (RWKV4Config, {"width": 0}, "RWKV4Config: width is 0, expected 1 or more."),
+    (RWKV4Config, {"width": 0}, "RWKV4Config: width is 0, expected an integer"),
     (RWKV4Config, {"init": "x"}, "init is 'x', expected one of 'mamba', 'auth"),
     (
       RWKV4Config,
       {"polarization": Polarization(zeros=1, zero_decay="paper")},
       "zero_decay is 'paper', expected 'exact'",
     ),
-    (RWKVChannelMixConfig, {"width": 0}, "width is 0, expected 1 or more."),
+    (RWKVChannelMixConfig, {"width": 0}, "width is 0, expected an integer"),
   ],
 )
 def test_rwkv4_configs_refuse_a_value_that_cannot_be(config, fields, message):

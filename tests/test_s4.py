@@ -156,7 +156,7 @@ def test_gelu_is_that_of_the_error_function():
 @pytest.mark.parametrize(
   ("config", "fields", "message"),
   [
-    (S4Config, {"d_state": 0}, "S4Config: d_state is 0, expected 1 or more."),
+    (S4Config, {"d_state": 0}, "S4Config: d_state is 0, expected an integer"),
     (S4Config, {"dt_min": 0.2}, "dt_min is 0.2 and dt_max 0.1, expected 0 <"),
     (S4Config, {"discretization": "euler"}, "discretization is 'euler', exp"),
     (
@@ -172,7 +172,11 @@ def test_gelu_is_that_of_the_error_function():
       "zero_decay is 'authors', expected 'exact'",
     ),
     (DSSConfig, {"version": "clip"}, "version is 'clip', expected one of"),
-    (DSSConfig, {"softmax_length": 0}, "softmax_length is 0, expected 1 or"),
+    (
+      DSSConfig,
+      {"softmax_length": 0},
+      "softmax_length is 0, expected an integer",
+    ),
   ],
 )
 def test_config_refuses_a_value_that_cannot_be(config, fields, message):

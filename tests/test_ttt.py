@@ -242,9 +242,9 @@ def test_no_inner_model_of_a_token_is_in_memory():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"num_heads": 0}, "TTTLinearConfig: num_heads is 0, expected 1 or more."),
-    ({"mini_batch": 0}, "mini_batch is 0, expected 1 or more."),
-    ({"base_rate": 0}, "base_rate is 0, expected more than 0."),
+    ({"num_heads": 0}, "TTTLinearConfig: num_heads is 0, expected an integer"),
+    ({"mini_batch": 0}, "mini_batch is 0, expected an integer"),
+    ({"base_rate": 0}, "base_rate is 0, expected a finite number"),
     ({"init": "xavier"}, "init is 'xavier', expected one of 'mamba', 'auth"),
   ],
 )

@@ -77,7 +77,8 @@ def check_state(
     lambda: mixer.init_state(batch_size, length)
   )
   expected, way_out = make(None), f"Pass init_state({batch_size})"
-  if jax.tree.structure(state) != jax.tree.structure(expected):
+  structure: Any = jax.tree.structure(state)
+  if structure != jax.tree.structure(expected):
     raise ValueError(
       f"{function}: {name} is {_outline(state)}, expected"
       f" {_outline(expected)}. {way_out}, or the state of a call."
@@ -113,8 +114,8 @@ def _misfit(state, expected, repeats) -> str:
     found, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
     if found != shape or not _holds(dtype, like.dtype):
       found = f"a {type(leaf).__name__}" if dtype is None else f"{dtype}{found}"
-      path = jax.tree_util.keystr(path)
-      return f"{path} is {found}, expected {like.dtype}{shape}"
+      where = jax.tree_util.keystr(path)
+      return f"{where} is {found}, expected {like.dtype}{shape}"
   return ""
 
 
