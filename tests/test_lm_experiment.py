@@ -210,7 +210,7 @@ def test_bad_input_is_refused_with_what_was_expected(tmp_path):
     ({"rows": ()}, "rows has no name"),
     ({"seeds": ()}, "seeds is"),
     ({"steps": 1}, "steps is 1"),
-    ({"width": 0}, "width is 0, expected an integer"),
+    ({"width": 0}, "width is 0, expected 1 or more"),
     ({"length": 0}, "length is 0"),
     ({"learning_rate": 0.0}, "learning_rate is 0.0, expected above 0"),
     ({"max_bytes": 0}, "max_bytes is 0"),
