@@ -119,7 +119,7 @@ def test_delta_net_config_refuses_a_value_that_cannot_be(fields, message):
 def test_gated_delta_net_refuses_what_cannot_be():
   with pytest.raises(ValueError, match="GatedDeltaNetConfig: dt_min is 0, exp"):
     GatedDeltaNetConfig(dt_min=0)
-  with pytest.raises(ValueError, match="rate_min is 20.0 and rate_max 16"):
+  with pytest.raises(ValueError, match=r"rate_min is 20.0 and rate_max 16"):
     GatedDeltaNetConfig(rate_min=20)
   build = lambda **fields: GatedDeltaNet(
     8, GatedDeltaNetConfig(**fields), rngs=nnx.Rngs(0)
