@@ -32,6 +32,11 @@ from ssmjax.interop import (
   abstract_pretrained,
   load_pretrained,
 )
+from ssmjax.models.tensor_files import (
+  TensorSpec,
+  read_safetensors,
+  write_safetensors,
+)
 
 
 def test_folder_that_is_no_checkpoint_is_refused_with_the_way_out(tmp_path):
@@ -100,14 +105,19 @@ def test_form_that_is_not_whole_gives_way_to_the_one_that_is(tmp_path):
 @pytest.mark.parametrize(
   ("entries", "size", "message"),
   [
-    ({"D": ("F32", [2], [0, 8])}, 4, "has 4 bytes of tensors, .* tells of 8"),
-    ({"D": ("F32", [2], [0, 8])}, 12, "has 12 bytes of tensors"),
-    ({"D": ("F32", [3], [0, 8])}, 8, "D of shape"),
-    ({"D": ("F32", [1], [4, 8])}, 8, "lies at 4 to 8, after 0"),
-    ({"D": ("F32", [1], [0, 4]), "E": ("F32", [1], [0, 4])}, 4, "after 4"),
-    ({"D": ("F32", [-1], [0, 4])}, 4, "has the shape"),
-    ({"D": ("F32", [1], [0])}, 4, "does not tell where D lies"),
-    ({"D": ("F32", [1], None)}, 4, "does not tell where D lies"),
+    ({"D": ("F32", [2], [0, 8])}, 4, "file not fully covered"),
+    ({"D": ("F32", [2], [0, 8])}, 12, "file not fully covered"),
+    ({"D": ("F32", [3], [0, 8])}, 8, "invalid shape"),
+    ({"D": ("F32", [1], [4, 8])}, 8, "invalid offset for tensor `D`"),
+    ({"D": ("F32", [1], [4, 0])}, 4, "invalid offset for tensor `D`"),
+    ({"D": ("F32", [1], [0, 4]), "E": ("F32", [1], [0, 4])}, 4, "offset for"),
+    ({"D": ("F32", [-1], [0, 4])}, 4, "`-1`, expected usize"),
+    ({"D": ("F32", [True], [0, 4])}, 4, "`true`, expected usize"),
+    ({"D": ("F32", [2**62, 4], [0, 0])}, 0, "overflow"),
+    ({"D": ("F32", [1], [0])}, 4, "expected a tuple of size 2"),
+    ({"D": ("F32", [1], None)}, 4, "expected a tuple of size 2"),
+    ({"D": (["F32"], [1], [0, 4])}, 4, "sequence, expected string"),
+    ({"D": ("X" * 10**6, [1], [0, 4])}, 4, "unknown variant `XXX"),
   ],
 )
 def test_file_whose_header_is_wrong_is_refused(
@@ -119,26 +129,61 @@ def test_file_whose_header_is_wrong_is_refused(
   }
   folder = checkpoint(tmp_path, HF, {})
   raw(folder / "model.safetensors", json.dumps(header).encode(), bytes(size))
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as error:
     abstract_pretrained(folder)
+  text = str(error.value)
+  assert f"{folder / 'model.safetensors'} is no whole safetensors file" in text
+  assert len(text) < 500
 
 
 @pytest.mark.parametrize(
   ("data", "message"),
   [
-    (b"", "0 bytes"),
+    (b"", "header too small"),
     (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-    (b"\xff" * 20, "header would take"),
-    ((3).to_bytes(8, "little") + b"[1]", "no JSON object"),
-    ((4).to_bytes(8, "little") + b'{"a"', "no JSON object"),
-    ((13).to_bytes(8, "little") + b'{"a":1,"a":2}', "'a' is there twice"),
+    (b"\xff" * 20, "header too large"),
+    ((3).to_bytes(8, "little") + b"[1]", "invalid JSON in header"),
+    ((4).to_bytes(8, "little") + b'{"a"', "invalid JSON in header"),
+    ((7).to_bytes(8, "little") + b'{"a":1}', "expected struct TensorInfo"),
+    ((600000).to_bytes(8, "little") + b'{"a":' * 120000, "recursion limit"),
   ],
+  ids="empty pointer length array half number deep".split(),
 )
 def test_file_that_is_no_safetensors_is_refused(tmp_path, data, message):
   folder = checkpoint(tmp_path, HF, {})
   (folder / "model.safetensors").write_bytes(data)
   with pytest.raises(ValueError, match=message):
     abstract_pretrained(folder)
+
+
+def test_tensor_of_a_file_reads_the_piece_that_is_asked_for(tmp_path):
+  arrays = {
+    "matrix": np.arange(24, dtype=jnp.bfloat16).reshape(2, 3, 4),
+    "number": np.array(7, np.int8),
+    "nothing": np.zeros((0, 3), np.float32),
+  }
+  file = tmp_path / "a.safetensors"
+  specs = {
+    name: TensorSpec(x.shape, x.dtype, lambda x=x: x)
+    for name, x in arrays.items()
+  }
+  write_safetensors(file, specs)
+  tensors = read_safetensors(file, "load")
+  for name, array in arrays.items():
+    tensor = tensors[name]
+    assert (tensor.shape, tensor.dtype) == (array.shape, array.dtype)
+    np.testing.assert_array_equal(np.asarray(tensor), array)
+    np.testing.assert_array_equal(tensor[()], array)
+  for index in [
+    np.s_[:1],
+    np.s_[-1:, 1:-1, :9],
+    np.s_[:, 2:1],
+    np.s_[:, :, 1:3],
+  ]:
+    piece = tensors["matrix"][index]
+    np.testing.assert_array_equal(piece, arrays["matrix"][index])
+    assert piece.dtype == jnp.bfloat16
+  assert tensors["nothing"][:0, 1:].shape == (0, 2)
 
 
 def test_quantised_tensor_is_refused_by_name(tmp_path):

@@ -199,7 +199,7 @@ def test_mistrals_own_form_is_the_native_one_under_another_name(tmp_path):
   (fields, file) = sorted((tmp_path / "c").iterdir(), reverse=True)
   assert json.loads(fields.read_text()) == MISTRAL
   found, expected = (
-    {name: (x.dtype, x.shape, x.tobytes()) for name, x in tensors.items()}
+    {name: (x.dtype, x.shape, x[()].tobytes()) for name, x in tensors.items()}
     for tensors in map(read_tensors, (file, folder / file.name))
   )
   assert found == expected

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from ssmjax.interop.pytorch_files import read_pytorch
-from ssmjax.models.tensor_files import read_safetensors, refuse_pointer
+from ssmjax.models.tensor_files import (
+  FileTensor,
+  read_safetensors,
+  refuse_pointer,
+)
 
 __all__ = [
   "find_config",
@@ -89,7 +93,7 @@ def list_tensors(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, tuple]]:
   return found
 
 
-def read_tensors(path: pathlib.Path) -> Mapping[str, np.ndarray]:
+def read_tensors(path: pathlib.Path) -> Mapping[str, FileTensor | np.ndarray]:
   """Open a file of tensors: a `.safetensors`, or else a file of PyTorch's."""
   if path.suffix == ".safetensors":
     return read_safetensors(path, "load_pretrained")

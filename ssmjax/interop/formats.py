@@ -30,16 +30,23 @@ __all__ = [
 ]
 
 
+# A slice for each axis.
+Index = tuple[slice, ...]
+
+
 class Layout(NamedTuple):
   """How a published tensor lies to the parameter: two views of one another.
 
   Attributes:
     take: from the published tensor to the parameter of one layer.
     give: the way back.
+    piece: from an index of the parameter to that of the published tensor, of
+      which `give` makes a view; None where only a whole tensor can be taken.
   """
 
   take: Callable[[np.ndarray], np.ndarray]
   give: Callable[[np.ndarray], np.ndarray]
+  piece: Callable[[Index], Index] | None = None
 
 
 class Tensor(NamedTuple):
@@ -139,11 +146,15 @@ _NAMES = {
   "max_positions": "learned positions, ",
 }
 
-SAME = Layout(lambda x: x, lambda x: x)
+SAME = Layout(lambda x: x, lambda x: x, lambda index: index)
 # PyTorch's linear layers hold (out, in), ours (in, out).
-LINEAR = Layout(np.transpose, np.transpose)
+LINEAR = Layout(np.transpose, np.transpose, lambda index: index[::-1])
 # [D, 1, W] there, [W, D] here.
-DEPTHWISE = Layout(lambda x: x[:, 0].T, lambda x: x.T[:, None])
+DEPTHWISE = Layout(
+  lambda x: x[:, 0].T,
+  lambda x: x.T[:, None],
+  lambda index: (index[1], slice(None), index[0]),
+)
 
 
 def beyond(config: ModelConfig, *fields: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Published checkpoints in: configuration, names and tensors to a model."""
 
+import math
 import os
 from typing import Any
 
@@ -18,6 +19,7 @@ from ssmjax.interop.planning import make_plan
 from ssmjax.interop.stacking import cut, insert
 from ssmjax.models import LanguageModel
 from ssmjax.models.parameters import shardings_of
+from ssmjax.models.tensor_files import copy_piece
 
 __all__ = ["abstract_pretrained", "load_pretrained"]
 
@@ -139,8 +141,9 @@ def _check_head(plan):
     opened[name] = read_tensors(file)[name]
   head, embedding = (opened[name] for name in plan.head)
   same = head.shape == embedding.shape and head.dtype == embedding.dtype
-  rows = max(1, 2**24 // max(1, embedding[0].nbytes)) if same else 1
-  for start in range(0, len(embedding), rows) if same else ():
+  width = math.prod(embedding.shape[1:]) * embedding.dtype.itemsize
+  rows = max(1, 2**24 // max(1, width))
+  for start in range(0, embedding.shape[0], rows) if same else ():
     # Bit by bit, for NaN too is equal to itself.
     a, b = (
       np.ascontiguousarray(x[start : start + rows]).view(np.uint8)
@@ -162,11 +165,7 @@ def _put(found, tensor, plan, place, shardings):
   shape = plan.shapes[place.parameter]
   sharding = shardings[place.parameter]
   size = shape.shape if place.layer is None else shape.shape[1:]
-  if tensor is None:
-    whole = place.entry.shape(size)
-    view = np.broadcast_to(np.float32(place.entry.default), whole)
-  else:
-    view = place.entry.layout.take(tensor)
+  fill = _filler(place, tensor)
   part = sharding
   if place.layer is not None and isinstance(sharding, NamedSharding):
     part = NamedSharding(
@@ -174,11 +173,10 @@ def _put(found, tensor, plan, place, shardings):
       jax.P(*sharding.spec[1:]),
       memory_kind=sharding.memory_kind,
     )
-  # Copied, or on a CPU the array would be the file itself.
   array = jax.make_array_from_callback(
     size,
     part,
-    lambda index: cut(view, index, size, place.entry.part, shape.dtype),
+    lambda index: cut(fill, index, size, place.entry.part, shape.dtype),
   )
   if place.layer is None:
     found[place.parameter] = array
@@ -192,6 +190,24 @@ def _put(found, tensor, plan, place, shardings):
   )
   # Or the host would read ahead, and hold what the device has yet to take.
   found[place.parameter].block_until_ready()
+
+
+def _filler(place, tensor):
+  """What copies a piece of a tensor, or of its default, into an array."""
+  layout, default = place.entry.layout, place.entry.default
+
+  def fill(out, index):
+    if tensor is None:
+      out[...] = default
+    elif layout.piece is None:
+      out[...] = whole[index]
+    else:
+      copy_piece(layout.give(out), tensor, layout.piece(index))
+
+  whole = None
+  if tensor is not None and layout.piece is None:
+    whole = layout.take(np.asarray(tensor))
+  return fill
 
 
 def _automatic(sharding):

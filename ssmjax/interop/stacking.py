@@ -13,22 +13,35 @@ __all__ = ["cut", "insert"]
 Part = tuple[int, int, int] | None
 
 
-def cut(view, index, size: tuple[int, ...], part: Part, dtype) -> np.ndarray:
-  """A device's piece of a layer's parameter, zero but for the tensor's part."""
+def cut(
+  fill: Callable[[np.ndarray, tuple[slice, ...]], None],
+  index: tuple[slice, ...],
+  size: tuple[int, ...],
+  part: Part,
+  dtype,
+) -> np.ndarray:
+  """Make a device's piece of a layer's parameter.
+
+  Args:
+    fill: copies the tensor's piece at an index into an array.
+    index: the piece of the parameter.
+    size: the parameter's shape.
+    part: where in the parameter the tensor is; the rest is zero.
+    dtype: the parameter's.
+  """
+  shape = [len(range(*s.indices(n))) for s, n in zip(index, size, strict=True)]
+  piece = np.zeros(shape, dtype)
   if part is None:
-    return np.array(view[index], dtype, order="C")
+    fill(piece, index)
+    return piece
   axis, start, stop = part
   low, high, _ = index[axis].indices(size[axis])
-  piece = np.zeros(
-    [len(range(*s.indices(n))) for s, n in zip(index, size, strict=True)],
-    dtype,
-  )
   first, last = max(low, start), min(high, stop)
   if first < last:
     there, here = list(index), [slice(None)] * len(size)
     there[axis] = slice(first - start, last - start)
     here[axis] = slice(first - low, last - low)
-    piece[tuple(here)] = view[tuple(there)]
+    fill(piece[tuple(here)], tuple(there))
   return piece
 
 

@@ -1,23 +1,27 @@
-"""Tensors in safetensors files, mapped into memory.
+"""Tensors in safetensors files, read and written a piece at a time.
 
 A safetensors file is eight bytes of a length (little-endian), a JSON header
 of that length, which gives each tensor's dtype, shape and place, and the
-tensors' bytes. Mapped, only what is copied out of it is ever read, and the
-system may drop it again: a tensor, or a device's piece of it, at a time.
+tensors' bytes. The safetensors library reads it, and refuses a header that
+does not describe the whole file. Its own writer wants all tensors in memory
+at once, so files are written here.
 """
 
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 
 __all__ = [
+  "FileTensor",
   "TensorSpec",
+  "copy_piece",
   "read_safetensors",
   "refuse_pointer",
   "write_safetensors",
@@ -40,8 +44,8 @@ _NAMED: dict[str, Any] = {
 }
 _DTYPES = {code: np.dtype(dtype) for code, dtype in _NAMED.items()}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-# The published library refuses longer headers too.
-_LONGEST_HEADER = 100_000_000
+# Bytes of a file that are copied at a time.
+_BLOCK = 2**19
 # How what stands for a file in a clone without Git LFS begins.
 _POINTER = b"version https://git-lfs"
 
@@ -65,24 +69,98 @@ class TensorSpec(NamedTuple):
     return math.prod(self.shape) * self.dtype.itemsize
 
 
+class FileTensor:
+  """A tensor in a file, of which an index reads that piece alone.
+
+  Attributes:
+    shape: its shape.
+    dtype: its dtype.
+  """
+
+  def __init__(self, source, shape: tuple[int, ...], dtype: np.dtype):
+    """Describe a tensor; `source` is a slice of the library's."""
+    self._source = source
+    self.shape = shape
+    self.dtype = dtype
+
+  def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
+    """Read a piece: a slice without a step for each of the first axes."""
+    slices = index if isinstance(index, tuple) else (index,)
+    ranges = [
+      range(*part.indices(size))
+      for part, size in zip(slices, self.shape, strict=False)
+    ]
+    # The library takes no negative numbers, no empty pieces, and no slices of
+    # a tensor that is one number.
+    if not all(ranges):
+      shape = (*map(len, ranges), *self.shape[len(ranges) :])
+      return np.empty(shape, self.dtype)
+    return self._source[tuple(slice(r.start, r.stop) for r in ranges)]
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    """Read all of it."""
+    return np.asarray(self[()], dtype)
+
+
 def read_safetensors(
   path: pathlib.Path, function: str
-) -> Mapping[str, np.ndarray]:
+) -> Mapping[str, FileTensor]:
   """Open a safetensors file; nothing but its header is read.
 
   Args:
     path: the file.
-    function: whose errors these are.
+    function: the public function that its errors name.
 
   Returns:
-    The tensors by name, views of the mapped file: copy what is to outlive it.
+    The tensors by name, in the order in which they lie. An index reads.
 
   Raises:
     ValueError: the file is not whole, or is not such a file.
     NotImplementedError: a tensor is of a dtype that NumPy and ml_dtypes lack.
   """
   refuse_pointer(path, function)
-  return _read_safetensors(path, function)
+  try:
+    file = safetensors.safe_open(path, framework="numpy")
+  except safetensors.SafetensorError as error:
+    # It may quote a header, which may be long.
+    why = str(error).removeprefix("Error while deserializing header: ")[:200]
+    raise ValueError(
+      f"{function}: {path} is no whole safetensors file: {why}. Download or"
+      " write it again."
+    ) from error
+  tensors = {}
+  for name in file.offset_keys():
+    source = file.get_slice(name)
+    code = source.get_dtype()
+    if code not in _DTYPES:
+      raise NotImplementedError(
+        f"{function}: {path.name} holds {name} as {code}, expected one of"
+        f" {', '.join(_DTYPES)}. A quantised checkpoint has to be turned into"
+        " one of these first."
+      )
+    shape = tuple(source.get_shape())
+    tensors[name] = FileTensor(source, shape, _DTYPES[code])
+  return tensors
+
+
+def copy_piece(
+  out: np.ndarray, tensor: FileTensor | np.ndarray, index: tuple[slice, ...]
+) -> None:
+  """Copy a piece of a tensor into an array, a few of its rows at a time.
+
+  Args:
+    out: of the piece's shape, and of any dtype and layout in memory.
+    tensor: where it comes from.
+    index: a slice without a step for each axis of the tensor.
+  """
+  if not index:
+    out[...] = np.asarray(tensor)
+    return
+  start, stop, _ = index[0].indices(tensor.shape[0])
+  rows = max(1, _BLOCK // max(1, out[:1].size * tensor.dtype.itemsize))
+  for low in range(start, stop, rows):
+    high = min(low + rows, stop)
+    out[low - start : high - start] = tensor[(slice(low, high), *index[1:])]
 
 
 def refuse_pointer(path: pathlib.Path, function: str) -> None:
@@ -125,105 +203,3 @@ def write_safetensors(
       file.write(array.reshape(-1).view(np.uint8).data)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _read_safetensors(path, function) -> dict[str, np.ndarray]:
-  """Views of the mapped file; nothing but the header is read."""
-  size = path.stat().st_size
-  if size < 8:
-    raise _broken(
-      function, path, f"it has {size} bytes, fewer than a header's length"
-    )
-  mapped = np.asarray(np.memmap(path, np.uint8, "r"))
-  length = int.from_bytes(mapped[:8].tobytes(), "little")
-  if length > min(size - 8, _LONGEST_HEADER):
-    raise _broken(
-      function, path, f"its header would take {length} of its {size} bytes"
-    )
-  try:
-    header = json.loads(
-      mapped[8 : 8 + length].tobytes(), object_pairs_hook=_no_repeats
-    )
-    if not isinstance(header, dict):
-      raise ValueError("no object")
-  except ValueError as error:
-    raise _broken(
-      function, path, f"its header is no JSON object: {error}"
-    ) from error
-  header.pop("__metadata__", None)
-  data = mapped[8 + length :]
-  tensors: dict[str, np.ndarray] = {}
-  end = 0
-  for name, entry in sorted(header.items(), key=_place(function, path)):
-    dtype, shape, (start, stop) = _entry(function, path, name, entry)
-    if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-      raise _broken(
-        function,
-        path,
-        f"{name} of shape {shape} and dtype {dtype.name} lies at {start} to"
-        f" {stop}, after {end}",
-      )
-    end = stop
-    if stop > data.size:
-      break
-    tensors[name] = data[start:stop].view(dtype).reshape(shape)
-  if end != data.size:
-    raise _broken(
-      function,
-      path,
-      f"it has {data.size} bytes of tensors, its header tells of {end}",
-    )
-  return tensors
-
-
-def _entry(function, path, name, entry):
-  """A header's entry: dtype, shape and place, each of its type."""
-  code = entry.get("dtype")
-  shape, place = entry.get("shape"), entry["data_offsets"]
-  if code not in _DTYPES:
-    raise NotImplementedError(
-      f"{function}: {path.name} holds {name} as {code}, expected one of"
-      f" {', '.join(_DTYPES)}. A quantised checkpoint has to be turned into"
-      " one of these first."
-    )
-  if not _counts(shape):
-    raise _broken(function, path, f"{name} has the shape {shape!r}")
-  return _DTYPES[code], tuple(shape), place
-
-
-def _place(function, path):
-  """The key to order a header's entries by where they lie."""
-
-  def place(item):
-    name, entry = item
-    found = entry.get("data_offsets") if isinstance(entry, dict) else None
-    if not _counts(found) or len(found) != 2:
-      raise _broken(
-        function, path, f"its header does not tell where {name} lies"
-      )
-    return tuple(found)
-
-  return place
-
-
-def _counts(value) -> bool:
-  """True of a list of integers, none negative."""
-  return isinstance(value, list) and all(
-    type(number) is int and number >= 0 for number in value
-  )
-
-
-def _no_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-  found: dict[str, Any] = {}
-  for name, value in pairs:
-    if name in found:
-      raise ValueError(f"{name!r} is there twice")
-    found[name] = value
-  return found
-
-
-def _broken(function, path, why) -> ValueError:
-  return ValueError(
-    f"{function}: {path} is no whole safetensors file: {why}."
-    " Download it again."
-  )
