@@ -147,7 +147,7 @@ def test_file_whose_header_is_wrong_is_refused(
     ((7).to_bytes(8, "little") + b'{"a":1}', "expected struct TensorInfo"),
     ((600000).to_bytes(8, "little") + b'{"a":' * 120000, "recursion limit"),
   ],
-  ids="empty pointer length array half number deep".split(),
+  ids=["empty", "pointer", "length", "array", "half", "number", "deep"],
 )
 def test_file_that_is_no_safetensors_is_refused(tmp_path, data, message):
   folder = checkpoint(tmp_path, HF, {})

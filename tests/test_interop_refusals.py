@@ -1,8 +1,11 @@
 """What a transformer's configuration says is honoured, or refused by name."""
 
 import json
+import time
 
+import numpy as np
 import pytest
+from interop_checkpoints import write
 
 from ssmjax.interop import abstract_pretrained
 from ssmjax.interop.families import FORMATS
@@ -25,6 +28,11 @@ NATIVE = {
   "dim": 8, "n_layers": 2, "head_dim": 4, "hidden_dim": 12, "n_heads": 2,
   "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": 8, "sliding_window": 4,
 }  # fmt: skip
+MAMBA = {
+  "model_type": "mamba", "vocab_size": 8, "hidden_size": 8,
+  "num_hidden_layers": 1, "state_size": 4,
+}  # fmt: skip
+RWKV = SIZES | {"model_type": "rwkv"}
 YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
@@ -121,6 +129,8 @@ def test_field_that_is_wrong_is_named_with_its_file(
   tmp_path, fields, changes, message
 ):
   file = described(tmp_path, fields | changes)
+  tensors = {name: np.ones(1, np.float32) for name in "abc"}
+  write(tmp_path / "model.safetensors", tensors)
   with pytest.raises(ValueError, match=message) as error:
     abstract_pretrained(tmp_path)
   assert str(error.value).startswith(f"load_pretrained: {file}: ")
@@ -190,3 +200,53 @@ def described(folder, fields):
   file = folder / ("params.json" if "dim" in fields else "config.json")
   file.write_text(json.dumps(fields))
   return file
+
+
+@pytest.mark.parametrize("size", [10**6, 10**9, 10**400])
+@pytest.mark.parametrize(
+  ("fields", "name"),
+  [
+    (NEOX, "num_hidden_layers"),
+    (MISTRAL, "num_hidden_layers"),
+    (GEMMA, "num_hidden_layers"),
+    (NATIVE, "n_layers"),
+    (RWKV, "num_hidden_layers"),
+    (MAMBA, "num_hidden_layers"),
+    (MAMBA, "state_size"),
+    (MAMBA, "conv_kernel"),
+    (MAMBA, "hidden_size"),
+    (MAMBA, "vocab_size"),
+  ],
+)
+def test_size_that_no_tensor_has_is_refused_at_once(
+  tmp_path, fields, name, size
+):
+  file = described(tmp_path, fields | {name: size})
+  write(tmp_path / "model.safetensors", {"D": np.ones(1, np.float32)})
+  start = time.process_time()
+  with pytest.raises(ValueError, match="load_pretrained: ") as error:
+    abstract_pretrained(tmp_path)
+  assert time.process_time() - start < 2
+  assert str(file.parent) in str(error.value)
+  assert len(str(error.value)) < 2000
+
+
+def test_more_layers_than_tensors_are_refused(tmp_path):
+  described(tmp_path, MAMBA | {"num_hidden_layers": 20_000})
+  write(tmp_path / "model.safetensors", {"D": np.ones(1, np.float32)})
+  with pytest.raises(ValueError, match="20000 layers, and its files hold 1 "):
+    abstract_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("depth", [70, 5000, 200_000])
+@pytest.mark.parametrize(
+  "file", ["config.json", "params.json", "model.safetensors.index.json"]
+)
+def test_json_that_nests_without_end_is_refused(tmp_path, file, depth):
+  described(tmp_path, MAMBA)
+  deep = b'{"layer_types": ' + b"[" * depth + b"]" * depth + b"}"
+  if file == "params.json":
+    (tmp_path / "config.json").unlink()
+  (tmp_path / file).write_bytes(deep)
+  with pytest.raises(ValueError, match=rf"{file} (is no JSON|nests more than)"):
+    abstract_pretrained(tmp_path)

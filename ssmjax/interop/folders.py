@@ -1,14 +1,13 @@
 """Folders of checkpoints, as the Hugging Face Hub gives them."""
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from ssmjax.interop.pytorch_files import read_pytorch
+from ssmjax.models.json_files import read_object
 from ssmjax.models.tensor_files import (
   FileTensor,
   read_safetensors,
@@ -19,7 +18,6 @@ __all__ = [
   "find_config",
   "find_folder",
   "list_tensors",
-  "read_object",
   "read_tensors",
 ]
 
@@ -101,19 +99,6 @@ def read_tensors(path: pathlib.Path) -> Mapping[str, FileTensor | np.ndarray]:
   return read_pytorch(path)
 
 
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """Read a file that holds one JSON object."""
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(
-      f"load_pretrained: {path} is no JSON: {error}. Download it again."
-    ) from error
-  if not isinstance(value, dict):
-    raise ValueError(f"load_pretrained: {path} holds no object.")
-  return value
-
-
 def _whole(folder) -> str | None:
   """What one file of all tensors is called, be they in one or in several."""
   for name in _WHOLE:
@@ -124,7 +109,7 @@ def _whole(folder) -> str | None:
 
 def _indexed(index) -> dict[str, list[str]]:
   """File names of an index, each with the tensors it should hold."""
-  table = read_object(index).get("weight_map")
+  table = read_object(index, "load_pretrained").get("weight_map")
   if not isinstance(table, dict) or not table:
     raise ValueError(f"load_pretrained: {index} has no weight_map.")
   files: dict[str, list[str]] = {}

@@ -5,7 +5,8 @@ each is called there, where it is here, and how the two lie to each other.
 """
 
 import dataclasses
-import math
+import reprlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = [
   "beyond",
   "flag",
   "lacking",
+  "layer_count",
   "positive_number",
   "refusal",
   "refuse_unknown",
@@ -106,6 +108,7 @@ class Format:
       a kind of layer, the first that does writes it.
     ignored: a pattern of the names of tensors that are no weights: masks and
       frequencies that old versions kept.
+    layers: the field that counts layers, each of one tensor or more.
     files: what the configuration and the tensors are written to.
   """
 
@@ -124,6 +127,7 @@ class Format:
   absent: Callable[[dict[str, Any]], set[str]] = lambda fields: set()
   holds: Callable[[ModelConfig], bool] = lambda config: True
   ignored: str | None = None
+  layers: str = "num_hidden_layers"
   files: tuple[str, str] = ("config.json", "model.safetensors")
 
   def entries(
@@ -148,7 +152,7 @@ _NAMES = {
 
 SAME = Layout(lambda x: x, lambda x: x, lambda index: index)
 # PyTorch's linear layers hold (out, in), ours (in, out).
-LINEAR = Layout(np.transpose, np.transpose, lambda index: index[::-1])
+LINEAR = Layout(lambda x: x.T, lambda x: x.T, lambda index: index[::-1])
 # [D, 1, W] there, [W, D] here.
 DEPTHWISE = Layout(
   lambda x: x[:, 0].T,
@@ -168,13 +172,21 @@ def beyond(config: ModelConfig, *fields: str) -> list[str]:
 
 
 def whole_number(
-  fields: dict[str, Any], name: str, default: int | None = None
+  fields: dict[str, Any],
+  name: str,
+  default: int | None = None,
+  most: int = 2**31 - 1,
 ) -> int:
   """Read a field that is a number of something, at least one."""
   value = fields.get(name, default)
-  if type(value) is not int or value < 1:
-    raise refusal(name, value, "an integer, 1 or more")
+  if type(value) is not int or not 1 <= value <= most:
+    raise refusal(name, value, f"an integer, 1 to {most}")
   return value
+
+
+def layer_count(fields: dict[str, Any], name: str) -> int:
+  """Read how many layers there are; lists of that length are made of it."""
+  return whole_number(fields, name, most=2**16)
 
 
 def flag(fields: dict[str, Any], name: str, default: bool) -> bool:
@@ -188,7 +200,8 @@ def flag(fields: dict[str, Any], name: str, default: bool) -> bool:
 def positive_number(fields: dict[str, Any], name: str, default: float) -> float:
   """Read a field that is a number, as an epsilon, above 0."""
   value = fields.get(name, default)
-  if type(value) not in (int, float) or not 0 < value < math.inf:
+  # An integer of JSON may be too long for a float.
+  if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
     raise refusal(name, value, "a number above 0")
   return float(value)
 
@@ -208,7 +221,7 @@ def refusal(name: str, value: Any, expected: str) -> ValueError:
 
   `load_pretrained` puts the file's name before it.
   """
-  return ValueError(f"{name} is {value!r}, expected {expected}.")
+  return ValueError(f"{name} is {reprlib.repr(value)}, expected {expected}.")
 
 
 def lacking(found: str, what: str) -> NotImplementedError:

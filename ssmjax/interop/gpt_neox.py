@@ -2,8 +2,6 @@
 
 from typing import Any, Literal
 
-import numpy as np
-
 from ssmjax.interop.attention import (
   check_savable,
   embedding,
@@ -18,6 +16,7 @@ from ssmjax.interop.formats import (
   Tensor,
   flag,
   lacking,
+  layer_count,
   positive_number,
   whole_number,
 )
@@ -57,7 +56,7 @@ def _config(fields: dict[str, Any], dtype: Any) -> ModelConfig:
   return ModelConfig(
     vocab_size=whole_number(fields, "vocab_size"),
     d_model=d_model,
-    n_layers=whole_number(fields, "num_hidden_layers"),
+    n_layers=layer_count(fields, "num_hidden_layers"),
     mixers=(mixer,),
     norm_epsilon=positive_number(fields, "layer_norm_eps", 1e-5),
     final_norm="layer",
@@ -144,11 +143,11 @@ def _by_head(heads: int) -> Layout:
   """
 
   def take(x):
-    split = np.swapaxes(x.reshape(heads, 3, -1, *x.shape[1:]), 0, 1)
+    split = x.reshape(heads, 3, -1, *x.shape[1:]).swapaxes(0, 1)
     return split.reshape(x.shape).T
 
   def give(x):
-    split = np.swapaxes(x.T.reshape(3, heads, -1, *x.shape[:-1]), 0, 1)
+    split = x.T.reshape(3, heads, -1, *x.shape[:-1]).swapaxes(0, 1)
     return split.reshape(x.T.shape)
 
   return Layout(take, give)

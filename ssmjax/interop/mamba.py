@@ -13,6 +13,7 @@ from ssmjax.interop.formats import (
   beyond,
   flag,
   lacking,
+  layer_count,
   positive_number,
   refusal,
   refuse_unknown,
@@ -86,7 +87,7 @@ def _hf_config(fields, dtype) -> ModelConfig:
   return ModelConfig(
     vocab_size=whole_number(fields, "vocab_size"),
     d_model=d_model,
-    n_layers=whole_number(fields, "num_hidden_layers"),
+    n_layers=layer_count(fields, "num_hidden_layers"),
     mixers=(
       MambaConfig(
         d_state=whole_number(fields, "state_size", 16),
@@ -173,7 +174,7 @@ def native_model(fields: dict[str, Any], mixer) -> ModelConfig:
     vocab_size=rows,
     true_vocab_size=None if rows == vocabulary else vocabulary,
     d_model=whole_number(fields, "d_model"),
-    n_layers=whole_number(fields, "n_layer"),
+    n_layers=layer_count(fields, "n_layer"),
     mixers=(mixer,),
     tie_embeddings=flag(fields, "tie_embeddings", True),
     dtype=mixer.dtype,
@@ -327,6 +328,7 @@ FORMATS = (
     mixer=MambaConfig,
     write_config=_native_fields,
     absent=_no_bias("conv_bias", lambda fields: fields.get("ssm_cfg") or {}),
+    layers="n_layer",
     **model_tensors((EMBEDDING,), _LAYER_TENSORS),
   ),
   Format(

@@ -10,6 +10,7 @@ from ssmjax.interop.formats import (
   SAME,
   Format,
   flag,
+  layer_count,
   positive_number,
   refusal,
   refuse_unknown,
@@ -109,7 +110,7 @@ def _hf_config(fields, dtype) -> ModelConfig:
   return ModelConfig(
     vocab_size=whole_number(fields, "vocab_size"),
     d_model=d_model,
-    n_layers=whole_number(fields, "num_hidden_layers"),
+    n_layers=layer_count(fields, "num_hidden_layers"),
     mixers=(mixer,),
     norm_epsilon=epsilon,
     tie_embeddings=flag(fields, "tie_word_embeddings", False),
@@ -175,7 +176,7 @@ def _mistral_config(fields, dtype) -> ModelConfig:
   return _native_config(
     {
       "d_model": whole_number(fields, "dim"),
-      "n_layer": whole_number(fields, "n_layers"),
+      "n_layer": layer_count(fields, "n_layers"),
       "ssm_cfg": {"ngroups": whole_number(fields, "n_groups")},
       **{name: fields[name] for name in _MISTRAL_SHARED & fields.keys()},
     },
@@ -288,6 +289,7 @@ _NATIVE = Format(
   mixer=Mamba2Config,
   write_config=_native_fields,
   absent=_absent(lambda fields: fields.get("ssm_cfg") or {}),
+  layers="n_layer",
   **model_tensors((EMBEDDING,), _LAYER_TENSORS),
 )
 FORMATS = (
@@ -314,6 +316,7 @@ FORMATS = (
     write_config=_mistral_fields,
     head="model.lm_head.weight",
     repeats_head=True,
+    layers="n_layers",
     files=("params.json", "consolidated.safetensors"),
     **model_tensors((f"model.{EMBEDDING}",), _LAYER_TENSORS, "model."),
   ),

@@ -19,6 +19,7 @@ from ssmjax.interop.formats import (
   Tensor,
   flag,
   lacking,
+  layer_count,
   positive_number,
   refusal,
   refuse_unknown,
@@ -40,7 +41,7 @@ def _hf_config(fields: dict[str, Any], dtype: Any) -> ModelConfig:
   # What transformers takes for a field that is not there.
   window = _window({"sliding_window": 4096, **fields}, "sliding_window")
   kind = "full_attention" if window is None else "sliding_attention"
-  layers = whole_number(fields, "num_hidden_layers")
+  layers = layer_count(fields, "num_hidden_layers")
   if fields.get("layer_types") not in (None, [kind] * layers):
     raise lacking(
       f"layer_types is {fields['layer_types']!r} with sliding_window={window}",
@@ -83,7 +84,7 @@ def _native_config(fields: dict[str, Any], dtype: Any) -> ModelConfig:
     fields, d_model, ("n_heads", "n_kv_heads", "head_dim")
   )
   return _model(
-    fields, dtype, d_model, whole_number(fields, "n_layers"),
+    fields, dtype, d_model, layer_count(fields, "n_layers"),
     whole_number(fields, "hidden_dim"),
     positive_number(fields, "norm_eps", 1e-5),
     flag(fields, "tied_embeddings", False),
@@ -270,6 +271,7 @@ FORMATS = (
     write_config=_native_fields,
     table=_native_table,
     head="output.weight",
+    layers="n_layers",
     files=("params.json", "consolidated.safetensors"),
     **_SHARED,
   ),

@@ -1,13 +1,14 @@
 """What is to be loaded: a checkpoint's names and shapes against a model's."""
 
+import contextlib
 import dataclasses
+import functools
 import pathlib
 import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from ssmjax.interop.families import FORMATS
@@ -15,12 +16,18 @@ from ssmjax.interop.folders import (
   find_config,
   find_folder,
   list_tensors,
-  read_object,
 )
-from ssmjax.interop.formats import SAME, Format, Tensor, flag, lacking
+from ssmjax.interop.formats import (
+  SAME,
+  Format,
+  Tensor,
+  flag,
+  lacking,
+)
 from ssmjax.interop.naming import layers, parameter_name, parameters
 from ssmjax.interop.vocabulary import count_tokens
-from ssmjax.models import LanguageModel
+from ssmjax.models import LanguageModel, ModelConfig
+from ssmjax.models.json_files import read_object
 
 __all__ = ["Place", "Plan", "make_plan"]
 
@@ -64,9 +71,11 @@ def make_plan(path, dtype) -> Plan:
       " float16."
     )
   file = find_config(folder)
-  fields = read_object(file)
-  format, model = _described(file, fields, getattr(jnp, dtype.name))
-  config = _with_tokens(model.config, folder)
+  fields = read_object(file, "load_pretrained")
+  format, config = _read_config(file, fields, getattr(jnp, dtype.name))
+  config = _with_tokens(config, folder)
+  files = list_tensors(folder)
+  model = _abstract(file, format, config, files)
   absent_parameters = format.absent(fields)
   places: list[Place] = []
   absent: list[Place] = []
@@ -90,21 +99,31 @@ def make_plan(path, dtype) -> Plan:
     ),
     model,
   )
-  model.config = config
   shapes = parameters(model)
-  files = list_tensors(folder)
   by_name, head = _match(file, format, places, shapes, files)
   names = {file: list(found) for file, found in files.items()}
   return Plan(model, shapes, names, by_name, absent, head)
 
 
-def _described(file, fields, dtype) -> tuple[Format, LanguageModel]:
-  """The format, and the abstract model; an error names the file."""
-  try:
+def _read_config(file, fields, dtype) -> tuple[Format, ModelConfig]:
+  with _named(file):
     format = _format(fields)
-    config = format.read_config(fields, dtype)
+    return format, format.read_config(fields, dtype)
+
+
+def _abstract(file, format, config, files) -> LanguageModel:
+  """The model without its numbers, where its files may be of such a size."""
+  with _named(file):
+    _check_sizes(format, config, files)
     # Which checks what a layer's own sizes have to do with each other.
-    model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    return jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+
+
+@contextlib.contextmanager
+def _named(file):
+  """Put the file's name before the errors of what it says."""
+  try:
+    yield
   except ValueError as error:
     raise ValueError(
       f"load_pretrained: {file}: {error} Download it again, or mend it as the"
@@ -115,7 +134,45 @@ def _described(file, fields, dtype) -> tuple[Format, LanguageModel]:
       f"load_pretrained: {file}: {error} The library that published the model"
       " loads it."
     ) from error
-  return format, model
+
+
+def _check_sizes(format, config, files):
+  """Refuse sizes that the tensors come nowhere near.
+
+  A model's structure takes time and memory with its layers, also without its
+  numbers, and some of what a layer begins with is computed on the host.
+  """
+  tensors = sum(map(len, files.values()))
+  if config.n_layers > max(tensors, 1):
+    raise ValueError(
+      f"{format.layers} gives {config.n_layers} layers, and its files hold"
+      f" {tensors} tensors in all."
+    )
+  longest = max(
+    (size for found in files.values() for x, _ in found.values() for size in x),
+    default=0,
+  )
+  for part in (config, *dict.fromkeys(config.mixers)):
+    for field in dataclasses.fields(part):
+      size = getattr(part, field.name)
+      # How far attention looks back is in no shape.
+      if field.name == "window" or type(size) is not int:
+        continue
+      if size > max(longest, _SMALL):
+        raise ValueError(
+          f"it makes {field.name} of {type(part).__name__} {size}, and the"
+          f" longest axis of a tensor in its files is {longest}."
+        )
+
+
+# Sizes up to this one are left to the comparison of shapes.
+_SMALL = 2**20
+
+
+@functools.lru_cache(maxsize=1024)
+def _published_shape(give, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape that a tensor of a parameter's shape has there."""
+  return jax.eval_shape(give, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
 
 
 def _with_tokens(config, folder):
@@ -140,9 +197,8 @@ def _match(file, format, places, shapes, files):
     shape = shapes[place.parameter].shape
     if place.layer is not None:
       shape = shape[1:]
-    # As many zeros as are wanted in the memory of one.
-    zeros = np.broadcast_to(np.int8(0), place.entry.shape(shape))
-    shape = place.entry.layout.give(zeros).shape
+    size = place.entry.shape(shape)
+    shape = _published_shape(place.entry.layout.give, size)
     found, dtype = there[name]
     if found != shape:
       misshapen.append(f"misshapen: {name} has shape {found}, expected {shape}")

@@ -22,6 +22,7 @@ from ssmjax.interop.formats import (
   Tensor,
   flag,
   lacking,
+  layer_count,
   positive_number,
   refusal,
   whole_number,
@@ -46,7 +47,7 @@ def _config(fields: dict[str, Any], dtype: Any) -> ModelConfig:
       "embeddings_scale_by_sqrt_dim is false", "such RecurrentGemma"
     )
   d_model = whole_number(fields, "hidden_size")
-  layers = whole_number(fields, "num_hidden_layers")
+  layers = layer_count(fields, "num_hidden_layers")
   hidden = whole_number(fields, "intermediate_size")
   theta, fraction = rope(fields, "rope_theta", "partial_rotary_factor", 0.5)
   found: dict[str, Any] = heads(fields, d_model)

@@ -11,6 +11,7 @@ from ssmjax.interop.formats import (
   beyond,
   flag,
   lacking,
+  layer_count,
   whole_number,
 )
 from ssmjax.models import ModelConfig, RWKV4Config, RWKVChannelMixConfig
@@ -33,7 +34,7 @@ def _config(fields, dtype) -> ModelConfig:
     vocab_size=whole_number(fields, "vocab_size"),
     d_model=d_model,
     # Each half of a block is a layer here.
-    n_layers=2 * whole_number(fields, "num_hidden_layers"),
+    n_layers=2 * layer_count(fields, "num_hidden_layers"),
     mixers=(
       RWKV4Config(width, dtype=dtype),
       RWKVChannelMixConfig(hidden, dtype=dtype),
