@@ -186,8 +186,17 @@ def test_checkpoints_of_something_else_are_refused_and_left(tmp_path):
   assert saved.exists()
 
 
+_DEEP = '{"files": {}, "best": 1, "config": {"a": ' + "[" * 10**4
+
+
 @pytest.mark.parametrize(
-  "text", ["", "{}", "[1]", _NO_FILES, '{"step": ', "\0\0"]
+  "text",
+  [
+    *("", "{}", "[1]", _NO_FILES, '{"step": ', "\0\0"),
+    '{"files": {}, "best": "much", "config": {}}',
+    pytest.param(_DEEP.replace("[", "[" * 20), id="deeper"),
+    pytest.param(_DEEP + "]" * 10**4 + "}}", id="deep"),
+  ],
 )
 def test_unreadable_manifest_is_a_fault_of_its_checkpoint(tmp_path, text):
   two_saved(tmp_path)
@@ -198,6 +207,22 @@ def test_unreadable_manifest_is_a_fault_of_its_checkpoint(tmp_path, text):
   ):
     assert checkpoints.latest == 1
   assert (tmp_path / "corrupt" / "2").exists()
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "007", "40", "manifest-abc.json"])
+def test_what_is_no_checkpoint_is_left_alone(tmp_path, name):
+  two_saved(tmp_path)
+  strange = tmp_path / "checkpoints" / name
+  if name in ("40", "manifest-abc.json"):
+    strange.write_text("{}")
+  else:
+    strange.mkdir()
+  with opened(tmp_path) as checkpoints:
+    assert checkpoints.latest == 2
+    checkpoints.save(3, state_of(3), {})
+  found = load_params(tmp_path, abstract(state_of(3)["params"]))
+  assert_same(found, state_of(3)["params"])
+  assert strange.exists()
 
 
 def test_best_is_never_not_a_number_and_on_a_tie_the_latest(tmp_path):

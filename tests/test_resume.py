@@ -330,7 +330,19 @@ def test_folder_of_something_else_is_refused_and_left(tmp_path):
   assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "\0\0", '{"hidden_size": 8}'])
+_DEEP = (
+  '{"environment": {}, "config": {"a": ' + "[" * 10**4 + "]" * 10**4 + "}}"
+)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    *("", "{}", "\0\0", '{"hidden_size": 8}'),
+    pytest.param(_DEEP, id="deep"),
+    pytest.param(_DEEP.replace("[", "[" * 20), id="deeper"),
+  ],
+)
 def test_unreadable_configuration_is_reported_with_the_way_out(tmp_path, text):
   (tmp_path / "config.json").write_text(text)
   with pytest.raises(
@@ -340,11 +352,11 @@ def test_unreadable_configuration_is_reported_with_the_way_out(tmp_path, text):
 
 
 def test_damaged_line_of_the_metrics_is_left_out(tmp_path):
-  lines = [b'{"step": 1}', b'{"st\xffep": 2}', b"\0\0", b"[3]", b'{"step": 4}']
+  lines = [b'{"step": 1}', b'{"st\xffep": 2}', b"\0\0", b"[3]", b"[" * 10**6]
   (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"st']))
-  with pytest.warns(UserWarning, match="line [234] is damaged") as found:
+  with pytest.warns(UserWarning, match="line [2345] is damaged") as found:
     MetricsLog(tmp_path, 3).close()
-  assert len(found) == 3
+  assert len(found) == 4
   assert read_metrics(tmp_path) == [{"step": 1}]
 
 

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import pathlib
+import re
 import shutil
 import threading
 import time
@@ -83,7 +84,7 @@ class Checkpoints:
       self._clear()
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("ssmjax_checkpoints_cleared")
-    self.latest: int | None = max(self._manifests(), default=None)
+    self.latest: int | None = max(_manifests(self._root), default=None)
     self.save_seconds = 0.0  # the longest save so far, for planning a stop
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
@@ -274,13 +275,9 @@ class Checkpoints:
 
   def _clear_manifests(self) -> None:
     """Removes manifests whose checkpoint orbax has deleted."""
-    for step in self._manifests():
+    for step in _manifests(self._root):
       if not self.path(step).exists():
         _manifest(self._root, step).unlink()
-
-  def _manifests(self) -> list[int]:
-    paths = self._root.glob("manifest-*.json")
-    return [int(path.stem.removeprefix("manifest-")) for path in paths]
 
   def _check_config(self, step: int) -> None:
     found = read_manifest(self._root, step)["config"]
@@ -310,9 +307,7 @@ def refuse_foreign(directory: pathlib.Path) -> None:
   """
   root = directory / "checkpoints"
   steps = sorted(_steps(root))
-  known = (directory / "config.json").exists() or any(
-    root.glob("manifest-*.json")
-  )
+  known = (directory / "config.json").exists() or _manifests(root)
   if steps and not known:
     raise ValueError(
       f"{root} holds the folders {steps} without a manifest, and {directory} "
@@ -341,11 +336,14 @@ def refuse_other(
 def read_manifest(root: pathlib.Path, step: int) -> dict:
   """Reads the manifest of a step's checkpoint; ValueError if it is damaged."""
   path = _manifest(root, step)
-  found = json.loads(path.read_bytes())
+  found = files.read_json(path)
   if (
     not isinstance(found, dict)
     or not {"best", "config", "files"} <= found.keys()
     or not isinstance(found["files"], dict)
+    or not isinstance(found["config"], dict)
+    # True is no score, though Python counts it.
+    or type(found["best"]) not in (int, float, type(None))
     or not all(
       isinstance(entry, list) and len(entry) == 2
       for entry in found["files"].values()
@@ -498,7 +496,22 @@ def _arrays(tree: Any) -> dict[str, str]:
 def _steps(root: pathlib.Path) -> list[int]:
   if not root.is_dir():
     return []
-  return [int(path.name) for path in root.iterdir() if path.name.isdigit()]
+  return [
+    int(path.name)
+    for path in root.iterdir()
+    if _is_step(path.name) and path.is_dir()
+  ]
+
+
+def _manifests(root: pathlib.Path) -> list[int]:
+  paths = root.glob("manifest-*.json")
+  names = [path.stem.removeprefix("manifest-") for path in paths]
+  return [int(name) for name in names if _is_step(name)]
+
+
+def _is_step(name: str) -> bool:
+  """True of a number as a checkpoint's name has it: not 007, not ²."""
+  return re.fullmatch(r"0|[1-9][0-9]{0,17}", name) is not None
 
 
 def _manifest(root: pathlib.Path, step: int) -> pathlib.Path:

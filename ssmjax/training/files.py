@@ -100,6 +100,30 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   write_atomically(path, (text + "\n").encode())
 
 
+def read_json(path: str | os.PathLike) -> Any:
+  """Reads a file of JSON.
+
+  Raises:
+    ValueError: it holds no JSON, or nests more than 64 lists and objects: to
+      compare or print such a value would end in a RecursionError.
+  """
+  try:
+    value = json.loads(pathlib.Path(path).read_bytes())
+  except RecursionError as error:
+    raise ValueError(str(error)) from error
+  level = [value]
+  for _ in range(64):
+    level = [
+      inner
+      for outer in level
+      if isinstance(outer, list | dict)
+      for inner in (outer.values() if isinstance(outer, dict) else outer)
+    ]
+  if any(isinstance(inner, list | dict) for inner in level):
+    raise ValueError("it nests more than 64 lists and objects")
+  return value
+
+
 def differing_fields(found: Any, expected: Any, prefix: str = "") -> list[str]:
   """Names the fields in which two JSON values differ, one line each."""
   if isinstance(found, dict) and isinstance(expected, dict):

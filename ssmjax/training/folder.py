@@ -130,7 +130,7 @@ def _cpu_model() -> str:
 
 def _read_config(path: pathlib.Path) -> dict:
   try:
-    found = json.loads(path.read_bytes())
+    found = files.read_json(path)
     if all(isinstance(found[k], dict) for k in ("config", "environment")):
       return found
     fault = "it has other fields"

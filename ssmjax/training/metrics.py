@@ -249,7 +249,7 @@ def _lines(path: pathlib.Path) -> list[dict]:
       line = json.loads(text.decode())
       if not isinstance(line["step"], int):
         raise TypeError("step is not a number")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
       warnings.warn(
         f"{path}: line {number} is damaged and is left out.", stacklevel=3
       )
