@@ -26,7 +26,9 @@ TABLE = {
   ),
   "ssmjax.theory": "ssmjax.types",
   "ssmjax.diagnostics": "ssmjax.types ssmjax.ops ssmjax.theory",
-  "ssmjax.interop": "ssmjax.types ssmjax.models flax torch tokenizers",
+  "ssmjax.interop": (
+    "ssmjax.types ssmjax.models flax torch tokenizers huggingface_hub"
+  ),
   "ssmjax.data": "ssmjax.types grain tokenizers",
   "ssmjax.training": "ssmjax.types optax orbax flax tqdm tensorboardX",
 }
@@ -45,7 +47,10 @@ EVERYONE = sys.stdlib_module_names | {"jax", "numpy"}
 
 # What a room imports only inside functions, where it is needed: it is heavy,
 # or not installed everywhere. The package itself loads nothing by itself.
-HEAVY = {"grain", "tokenizers", "torch", "tqdm", "tensorboardX"}
+HEAVY = {
+  *("grain", "tokenizers", "torch", "tqdm", "tensorboardX"),
+  "huggingface_hub",
+}
 LAZY = dict.fromkeys(TABLE, HEAVY) | {"ssmjax": set(TABLE)}
 LAZY["ssmjax.types"] = {"ssmjax.models"}
 

@@ -40,8 +40,8 @@ from ssmjax.models.tensor_files import (
 
 
 def test_folder_that_is_no_checkpoint_is_refused_with_the_way_out(tmp_path):
-  with pytest.raises(ValueError, match="snapshot_download"):
-    load_pretrained("state-spaces/mamba-130m")
+  with pytest.raises(ValueError, match=r"is no folder.*'org/name'"):
+    load_pretrained(tmp_path / "gone")
   with pytest.raises(ValueError, match=r"neither config.json nor params.json"):
     load_pretrained(tmp_path)
   (tmp_path / "config.json").write_text("{")

@@ -4,7 +4,9 @@ Beyond what can be tested without PyTorch: transformers 5.23.0 with PyTorch
 2.13.0 (CPU) loaded a model trained and saved here, whole and in shards, with
 no name missing or unexpected. Its logits were ours to 1.8e-7 of their RMS in
 float32, to 4.4e-3 in bfloat16, its eight greedy tokens the same; and what it
-had saved gave its logits here to 2.1e-7.
+had saved gave its logits here to 2.1e-7. With 5.24.0 a model that was loaded,
+changed and saved here generated with the tokenizer and the settings that were
+beside it.
 """
 
 import dataclasses
@@ -17,9 +19,11 @@ import pytest
 from flax import nnx
 from interop_checkpoints import (
   HEAD,
+  HF,
   LAYER,
   NATIVE,
   assert_same,
+  checkpoint,
   forward,
   header_of,
   native,
@@ -195,6 +199,80 @@ def test_epsilon_that_the_native_format_cannot_say_is_not_saved(tmp_path):
   model = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
   with pytest.raises(NotImplementedError, match="Use format='hf'"):
     save_pretrained(tmp_path / "out", model, format="native")
+
+
+SPECIAL = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}
+COMPANIONS = {
+  "tokenizer.json": b"{}",
+  "tokenizer.model.v3": b"\0",
+  "chat_template.jinja": b"{{ x }}",
+  "generation_config.json": b'{"max_new_tokens": 5}',
+}
+
+
+def with_companions(folder):
+  checkpoint(folder, HF | SPECIAL, weights())
+  for name, data in COMPANIONS.items():
+    (folder / name).write_bytes(data)
+  (folder / "README.md").write_text("Of the model as it was.")
+  return folder
+
+
+def companions_of(folder):
+  return {
+    path.name: path.read_bytes()
+    for path in folder.iterdir()
+    if path.name not in ("config.json", "model.safetensors")
+  }
+
+
+def test_saved_model_keeps_its_tokenizer_and_special_tokens(tmp_path):
+  model = load_pretrained(with_companions(tmp_path / "a"))
+  # What training does: numbers change, and the structure is put together.
+  graph, state = nnx.split(jax.tree.map(lambda x: 2 * x, model))
+  save_pretrained(tmp_path / "b", nnx.merge(graph, state))
+  fields = json.loads((tmp_path / "b" / "config.json").read_text())
+  assert SPECIAL.items() <= fields.items()
+  assert companions_of(tmp_path / "b") == COMPANIONS
+  # Of the saved model likewise.
+  save_pretrained(tmp_path / "c", load_pretrained(tmp_path / "b"))
+  assert companions_of(tmp_path / "c") == COMPANIONS
+  # The package's form has no words for tokens and generation.
+  save_pretrained(tmp_path / "d", model, format="native")
+  assert "generation_config.json" not in companions_of(tmp_path / "d")
+  assert "tokenizer.json" in companions_of(tmp_path / "d")
+  load_pretrained(tmp_path / "d")
+
+
+def test_origin_is_no_part_of_what_a_configuration_is(tmp_path):
+  config = load_pretrained(with_companions(tmp_path / "a")).config
+  assert config.origin == str(tmp_path / "a")
+  bare = dataclasses.replace(config, origin=None)
+  assert (config, hash(config)) == (bare, hash(bare))
+
+
+def test_model_is_saved_like_a_folder_that_is_given(tmp_path):
+  model = trained(MambaConfig())
+  like = with_companions(tmp_path / "like")
+  save_pretrained(tmp_path / "a", model, like=like)
+  assert companions_of(tmp_path / "a") == COMPANIONS
+  save_pretrained(tmp_path / "b", model)
+  assert companions_of(tmp_path / "b") == {}
+  with pytest.raises(ValueError, match=r"save_pretrained: .*gone is no folder"):
+    save_pretrained(tmp_path / "c", model, like=tmp_path / "gone")
+  fields = HF | {"eos_token_id": "</s>"}
+  (like / "config.json").write_text(json.dumps(fields))
+  with pytest.raises(ValueError, match="eos_token_id is '</s>'"):
+    save_pretrained(tmp_path / "c", model, like=like)
+  assert not (tmp_path / "c").exists()
+
+
+def test_model_whose_origin_is_gone_is_saved_with_a_warning(tmp_path):
+  model = load_pretrained(with_companions(tmp_path / "a"))
+  (tmp_path / "a").rename(tmp_path / "moved")
+  with pytest.warns(UserWarning, match="is there no more.* Pass like="):
+    save_pretrained(tmp_path / "b", model)
+  assert companions_of(tmp_path / "b") == {}
 
 
 def trained(*mixers):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ssmjax.interop.hub import fetch, is_name
 from ssmjax.interop.pytorch_files import read_pytorch
 from ssmjax.models.json_files import read_object
 from ssmjax.models.tensor_files import (
@@ -28,18 +29,35 @@ _WHOLE = ("model.safetensors", _OWN, "pytorch_model.bin")
 
 def find_folder(
   path: str | os.PathLike,
+  revision: str | None = None,
   function: str = "load_pretrained",
   content: str = "config.json and the tensors",
+  *,
+  tensors: bool = True,
 ) -> pathlib.Path:
-  """Make sure that there is such a folder; its content is for the error."""
+  """Find a folder, or fetch a repository of the Hub.
+
+  Args:
+    path: a folder, which is taken where there is one, or `org/name`.
+    revision: of a repository.
+    function: the public function that errors name.
+    content: what a folder should have, for the error.
+    tensors: whether a repository's tensors are wanted.
+  """
   folder = pathlib.Path(path)
-  if not folder.is_dir():
-    raise ValueError(
-      f"{function}: {folder} is no folder, expected one with {content}. For a"
-      " repository of the Hub, first huggingface_hub.snapshot_download(name),"
-      " which returns its folder."
-    )
-  return folder
+  if folder.is_dir():
+    if revision is not None:
+      raise ValueError(
+        f"{function}: revision is {revision!r}, and {folder} is a folder here,"
+        " which has none. Leave it out, or run where there is no such folder."
+      )
+    return folder
+  if is_name(path) and not folder.exists():
+    return fetch(os.fspath(path), revision, function, tensors)
+  raise ValueError(
+    f"{function}: {folder} is no folder, expected one with {content}, or a"
+    " repository of the Hub as 'org/name'."
+  )
 
 
 def find_config(folder: pathlib.Path) -> pathlib.Path:

@@ -142,7 +142,7 @@ class Format:
 # Fields of a model that formats know or that say nothing about its numbers.
 _EVERY = {
   *("vocab_size", "d_model", "n_layers", "mixers", "norm_epsilon"),
-  *("init", "remat", "dtype", "true_vocab_size"),
+  *("init", "remat", "dtype", "true_vocab_size", "origin"),
 }
 _NAMES = {
   "mlp_ratio": "an MLP in each block, ",

@@ -27,17 +27,18 @@ __all__ = ["abstract_pretrained", "load_pretrained"]
 def load_pretrained(
   path: str | os.PathLike,
   *,
+  revision: str | None = None,
   sharding: Any = None,
   dtype: Any = None,
 ) -> LanguageModel:
-  """Load a published checkpoint from its folder.
+  """Load a published checkpoint from its folder, or from the Hub.
 
-  The folder is what the Hugging Face Hub gives (`snapshot_download` of
-  `huggingface_hub`): `config.json` (or `params.json`) beside
-  `model.safetensors` or, in shards, `model.safetensors.index.json`; where
-  there is neither, `consolidated.safetensors` or `pytorch_model.bin`, the
-  latter through PyTorch's weights-only reader, if it is installed: a pickle's
-  code is never run. Known are
+  The folder is what the Hugging Face Hub gives: `config.json` (or
+  `params.json`) beside `model.safetensors` or, in shards,
+  `model.safetensors.index.json`; where there is neither,
+  `consolidated.safetensors` or `pytorch_model.bin`, the latter through
+  PyTorch's weights-only reader, if it is installed: a pickle's code is never
+  run. Known are
 
   - Mamba of the mamba_ssm package (`state-spaces/mamba-130m`), whose
     vocabulary is rounded up to a multiple of `pad_vocab_size_multiple`;
@@ -58,13 +59,23 @@ def load_pretrained(
   generation and of lengths: dropout, initial values, tokens' numbers,
   `max_position_embeddings`; a residual is float32 whatever is said of it.
 
+  `"org/name"` is that folder if there is one, and else the repository, which
+  `huggingface_hub` fetches or finds in its cache (pip install 'ssmjax[hub]'):
+  safetensors, configurations and the tokenizer, `.bin` where there is nothing
+  else. Without a network, or with `HF_HUB_OFFLINE=1`, the cache alone is read.
+
+  A RecurrentGemma attends to `attention_window_size` tokens, itself among
+  them, as in transformers; Google's own code attends to one more. To have
+  that, write 2049 in place of 2048 into the config.json of the folder.
+
   Tensors go one by one from the file into arrays of the model's own layout on
   the devices: the host has to hold one tensor of one layer (a device's piece
   of it, if it is sharded), or, of a `.bin` that cannot be mapped, one file
   (two to compare an output matrix with the embedding in another).
 
   Args:
-    path: the folder.
+    path: the folder, or a repository of the Hub as `"org/name"`.
+    revision: a repository's branch, tag or commit; None for the main branch.
     sharding: where the parameters go: a `jax.sharding.Sharding` for all of
       them, a tree with one for each, or a function of the abstract model (as
       `abstract_pretrained` gives it) to such a tree; single-device and named
@@ -76,7 +87,8 @@ def load_pretrained(
       `jax.tree.map(lambda x: x.astype(jnp.float32), model)`.
 
   Returns:
-    The model; `save_pretrained` is the way back.
+    The model; `save_pretrained` is the way back. Its `config.origin` is the
+    folder, out of which that takes the tokenizer and the special tokens.
 
   Raises:
     ValueError: no such folder; a file that is not whole; a configuration with
@@ -85,9 +97,10 @@ def load_pretrained(
     NotImplementedError: a kind of model, or a feature of it, that is not here,
       by name: biases of projections, quantised weights, an output matrix that
       is not the embedding where the configuration ties them.
-    ImportError: only a `.bin` is there, and PyTorch is not installed.
+    ImportError: only a `.bin` is there, and PyTorch is not installed; or there
+      is no such folder, and huggingface_hub is not installed.
   """
-  plan = make_plan(path, dtype)
+  plan = make_plan(path, revision, dtype)
   _check_head(plan)
   shardings = shardings_of("load_pretrained", plan.model, sharding)
   automatic = {name: _automatic(kind) for name, kind in shardings.items()}
@@ -109,15 +122,20 @@ def load_pretrained(
 
 
 def abstract_pretrained(
-  path: str | os.PathLike, *, dtype: Any = None
+  path: str | os.PathLike,
+  *,
+  revision: str | None = None,
+  dtype: Any = None,
 ) -> LanguageModel:
   """Check a published checkpoint and show the model that it would be.
 
   Reads its configuration and the headers of its files, no tensor, and checks
-  all of what `load_pretrained` checks but the output matrix.
+  all of what `load_pretrained` checks but the output matrix. A repository of
+  the Hub is fetched whole.
 
   Args:
     path: as `load_pretrained` takes it.
+    revision: likewise.
     dtype: likewise.
 
   Returns:
@@ -128,7 +146,7 @@ def abstract_pretrained(
     NotImplementedError: likewise.
     ImportError: likewise.
   """
-  return make_plan(path, dtype).model
+  return make_plan(path, revision, dtype).model
 
 
 def _check_head(plan):
@@ -193,21 +211,17 @@ def _put(found, tensor, plan, place, shardings):
 
 
 def _filler(place, tensor):
-  """What copies a piece of a tensor, or of its default, into an array."""
-  layout, default = place.entry.layout, place.entry.default
-
-  def fill(out, index):
-    if tensor is None:
-      out[...] = default
-    elif layout.piece is None:
-      out[...] = whole[index]
-    else:
-      copy_piece(layout.give(out), tensor, layout.piece(index))
-
-  whole = None
-  if tensor is not None and layout.piece is None:
+  """Make what copies a piece of a tensor, or of its default, to an array."""
+  layout = place.entry.layout
+  if tensor is None:
+    whole = np.float32(place.entry.default)
+    return lambda out, index: np.copyto(out, whole, casting="unsafe")
+  if layout.piece is None:
     whole = layout.take(np.asarray(tensor))
-  return fill
+    return lambda out, index: np.copyto(out, whole[index], casting="unsafe")
+  return lambda out, index: copy_piece(
+    layout.give(out), tensor, layout.piece(index)
+  )
 
 
 def _automatic(sharding):

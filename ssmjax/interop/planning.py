@@ -61,19 +61,20 @@ class Plan(NamedTuple):
   head: tuple[str, str] | None
 
 
-def make_plan(path, dtype) -> Plan:
+def make_plan(path, revision, dtype) -> Plan:
   """Check a folder, by its configuration and its files' headers alone."""
-  folder = find_folder(path)
   dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
   if dtype.name not in ("float32", "bfloat16", "float16"):
     raise ValueError(
       f"load_pretrained: dtype is {dtype.name}, expected float32, bfloat16 or"
       " float16."
     )
+  folder = find_folder(path, revision)
   file = find_config(folder)
   fields = read_object(file, "load_pretrained")
   format, config = _read_config(file, fields, getattr(jnp, dtype.name))
   config = _with_tokens(config, folder)
+  config = dataclasses.replace(config, origin=str(folder.absolute()))
   files = list_tensors(folder)
   model = _abstract(file, format, config, files)
   absent_parameters = format.absent(fields)

@@ -1,4 +1,9 @@
-"""RecurrentGemma as transformers publishes it."""
+"""RecurrentGemma as transformers publishes it.
+
+Its window is that of transformers: a token attends to `attention_window_size`
+tokens, lags 0 to W - 1. Google's own code (github.com/google-deepmind/
+recurrentgemma) also attends to lag W, so the two differ from there on.
+"""
 
 import math
 from typing import Any

@@ -10,6 +10,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from ssmjax.interop.companions import (
+  copy_companions,
+  find_source,
+  special_tokens,
+)
 from ssmjax.interop.families import FORMATS
 from ssmjax.interop.formats import SAME, Tensor
 from ssmjax.interop.naming import layers, parameters
@@ -27,6 +32,7 @@ def save_pretrained(
   format: Literal["hf", "native", "mistral"] = "hf",
   dtype: Any = None,
   shard_size: int = 5 * 10**9,
+  like: str | os.PathLike | None = None,
 ) -> None:
   """Save a model as a folder that other libraries load.
 
@@ -50,11 +56,16 @@ def save_pretrained(
     shard_size: bytes of tensors that a file may hold; more go into several
       files with an index (but not consolidated.safetensors). One tensor is
       never divided.
+    like: the folder, or the repository of the Hub, out of which the tokenizer's
+      files, generation_config.json and the numbers of the tokens that begin,
+      end and pad a text are taken; None for the one that the model was loaded
+      from (`model.config.origin`), if any. A model made here has none of them
+      unless this says where they are.
 
   Raises:
-    ValueError: the folder is there and not empty; parameters that this process
-      does not see whole; a format or dtype that is not known; a number that
-      the dtype asked for does not reach.
+    ValueError: the folder is there and not empty; `like` is none; parameters
+      that this process does not see whole; a format or dtype that is not
+      known; a number that the dtype asked for does not reach.
     NotImplementedError: what the format cannot hold, by name: polarized
       channels, sizes or parts that its models do not have, other layers.
   """
@@ -77,6 +88,9 @@ def save_pretrained(
   chosen = _chosen(model.config, format)
   name = _dtype(model) if dtype is None else dtype.name
   config = chosen.write_config(model.config, name)
+  source = find_source(model.config.origin, like)
+  if format == "hf":
+    config |= special_tokens(source)
   specs = _specs(chosen, model, chosen.absent(config))
   if dtype is not None:
     specs = {name: _cast(name, spec, dtype) for name, spec in specs.items()}
@@ -85,6 +99,7 @@ def save_pretrained(
   half.mkdir()
   try:
     _write_json(half / chosen.files[0], config)
+    copy_companions(source, half, generation=format == "hf")
     _write_tensors(half, chosen.files[1], specs, shard_size)
     _flush(half)
     os.replace(half, folder)

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 __all__ = ["load_tokenizer"]
 
 
-def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
+def load_tokenizer(
+  path: str | os.PathLike, *, revision: str | None = None
+) -> "Tokenizer":
   """Load the tokenizer that lies beside a checkpoint.
 
   Args:
-    path: the folder, as `load_pretrained` takes it, with `tokenizer.json`.
+    path: the folder, as `load_pretrained` takes it, with `tokenizer.json`;
+      or a repository of the Hub, of which no tensors are fetched.
+    revision: a repository's branch, tag or commit.
 
   Returns:
     A `tokenizers.Tokenizer`: `encode(text).ids` are tokens, `decode(ids)` is
@@ -24,9 +28,12 @@ def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
   Raises:
     ValueError: no such folder, no tokenizer.json in it, or one that is not
       whole.
-    ImportError: the tokenizers library is not installed.
+    ImportError: the tokenizers library is not installed, or huggingface_hub
+      where it is needed.
   """
-  folder = find_folder(path, "load_tokenizer", "tokenizer.json")
+  folder = find_folder(
+    path, revision, "load_tokenizer", "tokenizer.json", tensors=False
+  )
   file = folder / "tokenizer.json"
   if not file.is_file():
     raise ValueError(

@@ -50,6 +50,10 @@ class ModelConfig:
     true_vocab_size: tokens that there are, where the last rows of vocab_size
       only pad the table, as published ones are; `generate` chooses none of
       these. None for all of them.
+    origin: folder of the checkpoint that the model was loaded from, out of
+      which it is saved again with its tokenizer and special tokens. It says
+      nothing about the model's numbers and is not compared: configurations
+      that differ in it alone are equal.
   """
 
   vocab_size: Size
@@ -73,6 +77,7 @@ class ModelConfig:
   mlp_bias: bool = False
   parallel_residual: bool = False
   true_vocab_size: Size | None = None
+  origin: str | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
     _check_fields(self)
