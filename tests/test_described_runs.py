@@ -217,6 +217,16 @@ def test_resume_with_another_configuration_is_refused_by_its_field(tmp_path):
   run(tmp_path, lambda seed: Scale(3), data=Numbers())
 
 
+def test_run_of_a_model_that_was_loaded_from_elsewhere_goes_on(tmp_path):
+  def init(origin):
+    config = dataclasses.replace(CONFIG, origin=origin)
+    return lambda seed: models.LanguageModel(config, rngs=nnx.Rngs(seed))
+
+  run(tmp_path, init("there"))
+  result = run(tmp_path, init("elsewhere"), steps=2)
+  assert result.step == 2
+
+
 def test_field_that_an_older_version_did_not_have_is_its_default(tmp_path):
   run(tmp_path, lambda seed: Scale(3), data=Numbers())
   found = json.loads((tmp_path / FILE).read_text())
