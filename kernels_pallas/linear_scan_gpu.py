@@ -28,6 +28,7 @@ from jax.experimental.mosaic.gpu import utils as gpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.costs import linear_scan_cost
+from kernels_pallas.jax_versions import gpu_kernel
 from kernels_pallas.linear_scan_gpu_tiling import (
   THREADS,
   Tiling,
@@ -148,7 +149,7 @@ def _call(kernel, name, plan, codes, arrays, outputs, *, flops, interpret):
   arrays = [pad(x) for x in arrays]
   if codes is not None:
     arrays = [codes, *arrays]
-  results = plgpu.kernel(
+  results = gpu_kernel(
     functools.partial(kernel, masked=codes is not None),
     out_type=shapes,
     # One axis: the other two of a CUDA grid end at 65,535.

@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import selective_scan_gpu_block as on
 from kernels_pallas import selective_scan_gpu_plan as planning
 from kernels_pallas.costs import selective_scan_cost
+from kernels_pallas.jax_versions import gpu_kernel, gpu_store
 from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling
 from kernels_pallas.selective_scan_gpu_tiling import (
   check_size,
@@ -89,7 +90,7 @@ def forward(
       starts = (plan.rows, plan.chunks, depth, size)
       shapes[f"states {name}"] = (starts, f32)
   block = (plan.tiling.chunk, plan.tiling.width)
-  out = plgpu.kernel(
+  out = gpu_kernel(
     functools.partial(
       _forward_body, plan, delta_softplus, tuple(inputs), tuple(shapes)
     ),
@@ -163,8 +164,8 @@ def _forward_body(plan, softplus_on, inputs, outputs, *refs):
     for block in blocks:
       valid = on.token_valid(plan, slots, block, shape)
       dt, _, u = on.step_sizes(plan, softplus_on, bias, slots, block, valid)
-      plgpu.store(dt_s.at[block], dt, optimized=False)
-      plgpu.store(dx_s.at[block], dt * u, optimized=False)
+      gpu_store(dt_s.at[block], dt, optimized=False)
+      gpu_store(dx_s.at[block], dt * u, optimized=False)
     if plan.ragged:
       on.meet()
       on.blank_before(plan, first, dt_s, dx_s)
@@ -194,7 +195,7 @@ def _forward_body(plan, softplus_on, inputs, outputs, *refs):
         to = pl.ds(at + block.start, block.size)
         channels = pl.ds(start, plan.tiling.width)
         y = y.astype(refs["y"].dtype)
-        plgpu.store(refs["y"].at[row, to, channels], y, optimized=False)
+        gpu_store(refs["y"].at[row, to, channels], y, optimized=False)
 
     def finish_steps():
       width = 128 // plan.tiling.lanes
@@ -219,7 +220,7 @@ def _forward_body(plan, softplus_on, inputs, outputs, *refs):
           y = _output(load, slots, y_s, skip_now, valid)
           y = y.astype(refs["y"].dtype)
           to = refs["y"].at[row, at + t, channels]
-          plgpu.store(to, y, optimized=False)
+          gpu_store(to, y, optimized=False)
 
     if plan.ragged:
       # The steps of the chunk before have their y already.

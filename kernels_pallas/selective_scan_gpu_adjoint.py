@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import selective_scan_gpu_block as on
 from kernels_pallas import selective_scan_gpu_plan as planning
+from kernels_pallas.jax_versions import gpu_store
 from kernels_pallas.selective_scan_gpu_plan import Plan
 
 __all__ = ["go_back", "offsets", "scratch_arrays"]
@@ -146,10 +147,10 @@ def go_back(plan, softplus_on, inputs, outputs, *refs, **scratch):
     own = pl.ds(start + j * channels, channels)
     for name in x:
       to = out[f"rates {name}"].at[row, own]
-      plgpu.store(to, x[name], optimized=False)
+      gpu_store(to, x[name], optimized=False)
   for name, x in sums.items():
     to = out[f"sum {name}"].at[row, :, pl.ds(start, plan.tiling.width)]
-    plgpu.store(to, x, optimized=False)
+    gpu_store(to, x, optimized=False)
 
 
 def _prepare(plan, softplus_on, bias, slots, blocks, scratch, out, place, at):
@@ -168,7 +169,7 @@ def _prepare(plan, softplus_on, bias, slots, blocks, scratch, out, place, at):
     if slope is not None:
       named["slope"] = slope
     for name, x in named.items():
-      plgpu.store(scratch[name].at[block], x, optimized=False)
+      gpu_store(scratch[name].at[block], x, optimized=False)
     if "direct" in out:
       row, tile, _, start = place
       product = d_out * named["dx"]
@@ -179,7 +180,7 @@ def _prepare(plan, softplus_on, bias, slots, blocks, scratch, out, place, at):
         new = index >= tile * plan.tiling.width - start
         product = jnp.where(new, product, jnp.zeros_like(product))
       to = out["direct"].at[tile, row, pl.ds(at + block.start, block.size)]
-      plgpu.store(to, jnp.sum(product, axis=1), optimized=False)
+      gpu_store(to, jnp.sum(product, axis=1), optimized=False)
 
 
 def _state_step(plan, slots, scratch, rates, first, h, t):
@@ -250,7 +251,7 @@ def _step_back(
   for key, x in products.items():
     own = pl.ds(base + first[key], x.shape[1])
     to = scratch["products"].at[:, own]
-    plgpu.store(to, x, optimized=False)
+    gpu_store(to, x, optimized=False)
   d_rate, d_rates = [], [dict(x) for x in d_rates]
   for j in range(plan.tiling.copies):
     for name, decay in decays[j].items():
@@ -299,7 +300,7 @@ def _add_up(plan, scratch, out, place, t):
   layout = plgpu.Layout.TILED(tiles, (-3,), (-2,), -1)
   products = on.load_wide(scratch["products"], layout)
   to = out["tokens"].at[tile, row, pl.ds(t * pairs, columns)]
-  plgpu.store(to, jnp.sum(products, axis=0), optimized=False)
+  gpu_store(to, jnp.sum(products, axis=0), optimized=False)
 
 
 def _store_start(plan, scratch, p, h):
@@ -308,7 +309,7 @@ def _store_start(plan, scratch, p, h):
   for j, parts in enumerate(h):
     for name, x in parts.items():
       to = scratch[f"start {name}"].at[p, pl.ds(j * channels, channels)]
-      plgpu.store(to, x, optimized=False)
+      gpu_store(to, x, optimized=False)
 
 
 def _load_start(plan, scratch, p):
@@ -367,6 +368,6 @@ def _finish(plan, skip, slots, scratch, out, place, block, at, first, sums):
   channels = pl.ds(start, plan.tiling.width)
   for name, x in columns.items():
     ref = out[name].at[(*to, channels)]
-    plgpu.store(ref, x.astype(ref.dtype), optimized=False)
+    gpu_store(ref, x.astype(ref.dtype), optimized=False)
   added = dict(D=d_out * u, delta_bias=columns["delta"])
   return {name: x + added[name] for name, x in sums.items()}

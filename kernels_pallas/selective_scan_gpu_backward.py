@@ -17,6 +17,7 @@ from kernels_pallas import selective_scan_gpu_adjoint as adjoint
 from kernels_pallas import selective_scan_gpu_block as on
 from kernels_pallas import selective_scan_gpu_plan as planning
 from kernels_pallas.costs import selective_scan_cost
+from kernels_pallas.jax_versions import gpu_kernel
 from kernels_pallas.selective_scan_gpu_plan import Plan, Tiling
 from kernels_pallas.selective_scan_gpu_tiling import (
   check_size,
@@ -134,7 +135,7 @@ def _run_pass(plan, rows, shared, *, softplus_on, interpret, wide=False):
   for name in ("D", "delta_bias"):
     if shared[name] is not None:
       shapes[f"sum {name}"] = (sums, f32)
-  out = plgpu.kernel(
+  out = gpu_kernel(
     functools.partial(
       adjoint.go_back, plan, softplus_on, tuple(inputs), tuple(shapes)
     ),

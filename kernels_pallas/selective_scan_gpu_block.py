@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import selective_scan_gpu_chip as chip
 from kernels_pallas import selective_scan_gpu_plan as planning
+from kernels_pallas.jax_versions import gpu_store
 from kernels_pallas.selective_scan_gpu_plan import Plan
 from ssmjax.types import Array
 
@@ -258,7 +259,7 @@ def store_states(plan: Plan, refs, prefix, place, start, h):
   for j in range(plan.tiling.copies):
     for name in plan.parts:
       at = (*place, pl.ds(start + j * channels, channels))
-      plgpu.store(refs[f"{prefix} {name}"].at[at], h[j][name], optimized=False)
+      gpu_store(refs[f"{prefix} {name}"].at[at], h[j][name], optimized=False)
 
 
 def zero_states(plan: Plan):
@@ -313,7 +314,7 @@ def store_rows(plan: Plan, ref, t, values):
   channels = 128 // plan.tiling.lanes
   for j, x in enumerate(values):
     at = (t, pl.ds(j * channels, channels))
-    plgpu.store(ref.at[at], x, optimized=False)
+    gpu_store(ref.at[at], x, optimized=False)
 
 
 def blank_before(plan: Plan, first, *scratch):
