@@ -7,6 +7,7 @@
 #   make venv PYTHON=python3.13          which Python makes .venv
 
 VENV = .venv
+LOWEST = .venv-lowest
 ARGS =
 WORKERS = auto
 
@@ -24,7 +25,7 @@ AOT = test ! -e $(VENV)/installed-tpu-aot || export \
   TPU_ACCELERATOR_TYPE=v5litepod-4 \
   TPU_LOG_DIR=disabled TPU_MIN_LOG_LEVEL=3
 
-.PHONY: help venv recall test nightly gpu-aot lint clean
+.PHONY: help venv recall test nightly lowest lowest-tests gpu-aot lint clean
 
 help:
 	@echo "make recall   set up .venv, then run the main job on this CPU"
@@ -32,8 +33,9 @@ help:
 	@echo "make venv     only set up .venv"
 	@echo "make lint     ruff and mypy"
 	@echo "make nightly  the tests that are too slow for every change"
+	@echo "make lowest   some tests on the oldest versions that setup.cfg allows"
 	@echo "make gpu-aot  the GPU compiler for the tests, which needs no GPU"
-	@echo "make clean    remove .venv and every cache; runs/ is kept"
+	@echo "make clean    remove .venv, .venv-lowest, every cache; runs/ is kept"
 	@echo "Add ARGS='...' for the run or the tests, PYTHON=... for the Python."
 
 venv: $(VENV)/installed
@@ -48,6 +50,32 @@ test: $(VENV)/installed-test $(VENV)/installed-tpu-aot
 nightly: $(VENV)/installed-test $(VENV)/installed-tpu-aot
 	@$(AOT); $(PYTEST) -m nightly $(ARGS)
 
+# Ops, models, one `fit`, files, and every kernel lowered for its chip.
+SLICE = $(addprefix tests/test_, \
+  jax_versions.py types.py mamba.py generate.py tokenizers.py config_json.py \
+  training_step.py::test_step_descends_in_complex_parameters \
+  resume.py::test_killed_run_ends_as_the_unbroken_one \
+  text_data.py::test_fit_stopped_in_an_epoch_goes_on_with_the_batches_to_come \
+  interop_files.py linear_scan.py \
+  dispatch.py::test_one_export_for_all_platforms_has_their_kernels_and_runs_here \
+  $(addsuffix _are_lowered_alone_sharded_mapped_and_exported, \
+    linear_scan_gpu.py::test_kernels linear_scan_tpu.py::test_kernels) \
+  selective_scan_gpu.py::test_lowering_for_cuda_names_both_kernels \
+  selective_scan_tpu.py::test_pallas_lowers_for_tpus_under_every_transformation \
+  selective_step_tpu.py::test_every_platform_of_an_export_has_its_own_form)
+
+# Every `>=` of setup.cfg read as `==`, which binds pip.
+lowest:
+	@mkdir -p build
+	@sed -n 's/^ *\([A-Za-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.cfg \
+	  > build/lowest.txt
+	@PIP_CONSTRAINT="$$PWD/build/lowest.txt" \
+	  $(MAKE) --no-print-directory VENV=$(LOWEST) $(LOWEST)/installed-test
+	@$(MAKE) --no-print-directory VENV=$(LOWEST) lowest-tests
+
+lowest-tests:
+	$(PYTEST) $(or $(ARGS),$(SLICE))
+
 gpu-aot: $(VENV)/installed-gpu-aot
 	@echo "$(VENV)/gpu-aot is ready: the tests compile for GPUs"
 
@@ -57,7 +85,7 @@ lint: $(VENV)/installed-test
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .*_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .*_cache .hypothesis
 
 # A stamp is written last, so an interrupted installation is not taken for a
 # finished one. A .venv whose Python is gone, or that never got its pip, is
@@ -105,7 +133,8 @@ $(VENV)/installed-tpu-aot: $(VENV)/installed-test
 	  pin=$$(grep -o "libtpu==[0-9.]*" setup.cfg); \
 	  if grep -qsx "$$pin" $@; then touch $@; \
 	  elif echo "Installing the TPU compiler (484 MB)" && \
-	    $(PIP) --no-deps --upgrade --target $(VENV)/tpu-aot "$$pin"; \
+	    rm -rf $(VENV)/tpu-aot && \
+	    $(PIP) --no-deps --target $(VENV)/tpu-aot "$$pin"; \
 	  then echo "$$pin" > $@; \
 	  else echo "The TPU compiler can't be had: its tests are skipped"; \
 	  fi; \
@@ -118,6 +147,7 @@ $(VENV)/installed-gpu-aot: $(VENV)/installed-test
 	@pins=$$(awk '/^[a-z]/ {on = /^gpu-aot/} on && /==/ {print $$1}' setup.cfg); \
 	if test "$$(cat $@ 2>/dev/null)" = "$$pins"; then touch $@; else \
 	  echo "Installing the GPU compiler (548 MB)" && \
-	  $(PIP) --no-deps --upgrade --target $(VENV)/gpu-aot $$pins && \
+	  rm -rf $(VENV)/gpu-aot && \
+	  $(PIP) --no-deps --target $(VENV)/gpu-aot $$pins && \
 	  echo "$$pins" > $@; \
 	fi
