@@ -57,6 +57,7 @@ SLICE = $(addprefix tests/test_, \
   resume.py::test_killed_run_ends_as_the_unbroken_one \
   text_data.py::test_fit_stopped_in_an_epoch_goes_on_with_the_batches_to_come \
   interop_files.py linear_scan.py \
+  selective_chunked.py::test_exponential_is_exact_in_a_compiled_program \
   dispatch.py::test_one_export_for_all_platforms_has_their_kernels_and_runs_here \
   $(addsuffix _are_lowered_alone_sharded_mapped_and_exported, \
     linear_scan_gpu.py::test_kernels linear_scan_tpu.py::test_kernels) \

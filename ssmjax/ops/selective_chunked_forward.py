@@ -253,7 +253,10 @@ def _exp2(x):
   scale = lax.bitcast_convert_type(
     lax.shift_left(bits, jnp.full_like(bits, 23)), jnp.float32
   )
-  x = x - (rounded - magic)
+  # The integer is read from the bits, because a compiler may take
+  # (x + magic) - magic for x: that of jax 0.11.2 does.
+  whole = bits - np.float32(magic).view(np.int32)
+  x = x - whole.astype(x.dtype)
   # The minimax polynomial of 2^x / 1 on [-1/2, 1/2] whose value at 0 is 1.
   value = jnp.full_like(x, _POLYNOMIAL[0])
   for coefficient in _POLYNOMIAL[1:]:
