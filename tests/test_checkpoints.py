@@ -209,7 +209,9 @@ def test_unreadable_manifest_is_a_fault_of_its_checkpoint(tmp_path, text):
   assert (tmp_path / "corrupt" / "2").exists()
 
 
-@pytest.mark.parametrize("name", ["²", "٣", "007", "40", "manifest-abc.json"])
+@pytest.mark.parametrize(
+  "name", ["²", "٣", "007", "2.old", "40", "manifest-abc.json"]
+)
 def test_what_is_no_checkpoint_is_left_alone(tmp_path, name):
   two_saved(tmp_path)
   strange = tmp_path / "checkpoints" / name

@@ -128,6 +128,10 @@ class Checkpoints:
     score = float("-inf") if best is None else self._sign * best
     self._size = sum(x.nbytes for x in jax.tree.leaves(state))
     _ORBAX_ERRORS.hide()
+    if jax.process_count() == 1:
+      # Threads of a save that failed earlier in this process may have written
+      # on since, and orbax takes no folder that holds something.
+      self._remove_unfinished()
     try:
       self._manager.save(
         step,
@@ -211,14 +215,18 @@ class Checkpoints:
         self._clear_manifests()
       self.latest = step
       self.save_seconds = max(self.save_seconds, time.monotonic() - start)
-    except Exception as error:  # handed to the caller by wait()
-      self._error = self._failure(step, error)
-    except BaseException as error:
+    except BaseException as error:  # handed to the caller by wait()
       self._error = error
+      if isinstance(error, Exception):
+        self._error = self._failure(step, error)
 
   def _failure(self, step: int, error: Exception) -> files.SaveError:
     """Removes what a failed save has left and makes its one error."""
     self._failed = True
+    # The others of this save. Their own `join` raises what they have met.
+    for thread in threading.enumerate():
+      if type(thread).__module__.startswith("orbax"):
+        threading.Thread.join(thread, timeout=10)
     self._remove_unfinished()
     back = "There is no checkpoint before it: the run begins anew."
     if self.latest is not None:
@@ -241,9 +249,10 @@ class Checkpoints:
       return
     for path in self._root.iterdir():
       step, _, suffix = path.name.partition(".")
-      if not step.isdigit() or not path.is_dir():
+      if not _is_step(step) or not path.is_dir():
         continue
-      if suffix or not _manifest(self._root, int(step)).exists():
+      begun = not suffix and not _manifest(self._root, int(step)).exists()
+      if begun or suffix.startswith("orbax-checkpoint-tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
   def _clear(self) -> None:
