@@ -292,6 +292,10 @@ def test_state_without_room_for_the_tokens_is_refused():
     generate(lm, PROMPT[:1], 2, state=first)
 
 
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 12),
+  reason="the compiler of jax 0.11 ends the process",
+)
 def test_rows_divided_in_a_shard_map_generate_as_together():
   mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
   run = lambda m, p: generate(m, p, NEW, eos_id=3)
