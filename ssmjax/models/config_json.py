@@ -209,7 +209,10 @@ def _value(hint, value, where):
   if hint is Any and isinstance(value, list):
     return _tuple((), value, where)
   if hint is Any and where.rpartition(".")[2] == "dtype":
-    hint = FloatingDType
+    # Of a user's configuration that does not check its fields: as most write
+    # it, for jnp.float32 and a NumPy dtype are equal and their hashes are not.
+    dtype = check_value(f"config_from_json: {where}", FloatingDType, value)
+    return getattr(jnp, dtype.name, dtype)
   return check_value(f"config_from_json: {where}", hint, value)
 
 
