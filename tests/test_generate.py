@@ -472,9 +472,12 @@ def test_language_model_refuses_what_are_no_tokens(tokens, message):
   ("fields", "message"),
   [
     ({"n_layers": 3}, "n_layers is 3, expected a multiple of the pattern of 2"),
-    ({"d_model": 0}, "d_model is 0, expected 1 or more"),
-    ({"mlp_ratio": -1}, "mlp_ratio is -1, expected 0 or more"),
-    ({"max_positions": 0}, "max_positions is 0, expected 1 or more"),
+    ({"d_model": 0}, "d_model is 0, expected an integer of at least 1"),
+    ({"mlp_ratio": -1}, "mlp_ratio is -1, expected an integer of at least 0"),
+    (
+      {"max_positions": 0},
+      "max_positions is 0, expected an integer of at least 1",
+    ),
     ({"final_norm": "batch"}, "final_norm is 'batch', expected one of 'rms'"),
   ],
 )
