@@ -1,9 +1,12 @@
 """Every test runs on eight CPU devices, with warnings as errors."""
 
 import gc
+import os
+import pathlib
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 jax.config.update("jax_platforms", "cpu")
@@ -12,8 +15,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 gc.set_threshold(100_000, 20, 20)
 
 
+# A compiled program takes a few maps of memory, of which Linux gives a process
+# 65,530: the compiler crashes where they end.
+MOST_MAPS = 20_000
+
+
 def pytest_configure(config):
-  """What one test compiled, the next ones load."""
+  """What one test compiled, the next ones load; by day it is compiled fast."""
+  if config.option.markexpr == "not nightly":
+    _compile_fast()
   # Not shared: jax writes entries in place, so that another process could read
   # half of one, or be left half of one by a child that a test kills.
   folder = tempfile.TemporaryDirectory(prefix="ssmjax-tests-")
@@ -21,6 +31,30 @@ def pytest_configure(config):
   jax.config.update("jax_compilation_cache_dir", folder.name)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _compile_fast():
+  """Leave out LLVM's optimisations in this process.
+
+  Most tests compile for longer than they run. The processes that tests start
+  compile as users do, and so does the night.
+  """
+  flags = os.environ.get("XLA_FLAGS")
+  os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_backend_optimization_level=0"
+  jax.jit(jnp.sin)(1.0)  # XLA reads its flags once, when it first compiles.
+  if flags is None:
+    del os.environ["XLA_FLAGS"]
+  else:
+    os.environ["XLA_FLAGS"] = flags
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_maps():
+  """Drop what was compiled before there are too many maps of memory."""
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_text().count("\n") > MOST_MAPS:
+    jax.clear_caches()
 
 
 @pytest.fixture
