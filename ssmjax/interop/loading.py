@@ -1,5 +1,6 @@
 """Published checkpoints in: configuration, names and tensors to a model."""
 
+import contextlib
 import math
 import os
 from typing import Any
@@ -79,7 +80,7 @@ def load_pretrained(
     sharding: where the parameters go: a `jax.sharding.Sharding` for all of
       them, a tree with one for each, or a function of the abstract model (as
       `abstract_pretrained` gives it) to such a tree; single-device and named
-      ones. None: the first device.
+      ones. None: the first device, or within `jax.set_mesh` all of its mesh.
     dtype: of activations and of the weights of projections; None for float32.
       What decides about decays and the residual stays float32: A_log, D, the
       bias of Δ, norms, the convolution, the embedding. To train with
@@ -199,15 +200,23 @@ def _put(found, tensor, plan, place, shardings):
   if place.layer is None:
     found[place.parameter] = array
     return
-  if place.parameter not in found:
-    found[place.parameter] = jnp.zeros(
-      shape.shape, shape.dtype, device=sharding
+  with _on_mesh_of(sharding):
+    if place.parameter not in found:
+      found[place.parameter] = jnp.zeros(
+        shape.shape, shape.dtype, device=sharding
+      )
+    found[place.parameter] = insert(sharding, place.entry.part)(
+      found[place.parameter], array, np.int32(place.layer)
     )
-  found[place.parameter] = insert(sharding, place.entry.part)(
-    found[place.parameter], array, np.int32(place.layer)
-  )
   # Or the host would read ahead, and hold what the device has yet to take.
   found[place.parameter].block_until_ready()
+
+
+def _on_mesh_of(sharding):
+  """Within `jax.set_mesh`, computations have to be on the mesh that is set."""
+  if isinstance(sharding, NamedSharding) and not jax.sharding.get_mesh().empty:
+    return jax.set_mesh(sharding.mesh)
+  return contextlib.nullcontext()
 
 
 def _filler(place, tensor):

@@ -30,13 +30,20 @@ def shardings_of(
     function: name of the public function, for the message.
     model: abstract.
     sharding: one for all; a tree of them; a function of the abstract model to
-      such a tree; None for the first device.
+      such a tree; None for the first device, within `jax.set_mesh` for all of
+      the mesh's.
 
   Raises:
     ValueError: a parameter has none, or one that does not divide it.
   """
   if sharding is None:
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    # Within `jax.set_mesh` nothing runs on other devices than the mesh's.
+    mesh = jax.sharding.get_mesh()
+    sharding = (
+      SingleDeviceSharding(jax.local_devices()[0])
+      if mesh.empty
+      else NamedSharding(mesh, jax.P())
+    )
   tree = sharding
   # A module of shardings is callable too.
   if callable(sharding) and not isinstance(sharding, nnx.Module):

@@ -98,7 +98,8 @@ def load(
     sharding: where the parameters go: a `jax.sharding.Sharding` for all of
       them, a tree of the model's structure with one for each, or a function of
       the abstract model (with `jax.ShapeDtypeStruct`s for arrays) to such a
-      tree; single-device and named ones. None: the first device.
+      tree; single-device and named ones. None: the first device, or within
+      `jax.set_mesh` all of its mesh.
     dtype: of activations and of the weights of projections: float32, bfloat16
       or float16. The configuration's `dtype` and its mixers' are set to it, and
       the parameters called `…_proj` or `head` are cast, but not those that
