@@ -1,6 +1,7 @@
 """One error measure and one tolerance table for every numeric test."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,15 @@ TOLERANCE = {
 quick = functools.partial(
   jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
+
+# XLA's flags in this process; None for those of the environment.
+compiler_flags: str | None = None
+
+
+def same_compiler() -> dict[str, str]:
+  """An environment in which a process compiles to the bits of this one."""
+  flags = {} if compiler_flags is None else {"XLA_FLAGS": compiler_flags}
+  return dict(os.environ) | flags
 
 
 def rms_error(actual, expected) -> float:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import tempfile
 
+import checks
 import jax
 import jax.numpy as jnp
 import pytest
@@ -37,10 +38,11 @@ def _compile_fast():
   """Leave out LLVM's optimisations in this process.
 
   Most tests compile for longer than they run. The processes that tests start
-  compile as users do, and so does the night.
+  compile as users do (but see `checks.same_compiler`), and so does the night.
   """
   flags = os.environ.get("XLA_FLAGS")
   os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_backend_optimization_level=0"
+  checks.compiler_flags = os.environ["XLA_FLAGS"]
   jax.jit(jnp.sin)(1.0)  # XLA reads its flags once, when it first compiles.
   if flags is None:
     del os.environ["XLA_FLAGS"]

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 import toy_run
+from checks import same_compiler
 from flax import nnx
 from jax.sharding import AxisType
 
@@ -767,7 +768,9 @@ def kill_and_resume(folder, unbroken, *, kills, **fields):
       reached.append(kill_when(command, None, draw.uniform(0.5, 3.0)))
     else:
       reached.append(kill_when(command, target, draw.uniform(0.0, 0.05)))
-  end = subprocess.run(command, capture_output=True, text=True, check=False)
+  end = subprocess.run(
+    command, capture_output=True, text=True, check=False, env=same_compiler()
+  )
   assert end.returncode == 0, end.stderr
   assert end.stdout.split()[-1] == "finished"
   print("killed after steps", reached)
@@ -784,8 +787,9 @@ def kill_and_resume(folder, unbroken, *, kills, **fields):
 def kill_when(command, target, delay):
   """Kills the process `delay` s after step `target` (None: its start)."""
   with subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  ) as process:
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    env=same_compiler(),
+  ) as process:  # fmt: skip
     step = None
     while target is not None:
       line = process.stdout.readline()
