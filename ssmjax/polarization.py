@@ -115,7 +115,7 @@ def selective_decay(
   leak = jnp.exp(delta * polarization.finite_zero)[..., None]
   leak = jnp.broadcast_to(leak, (*delta.shape, polarization.zeros))
   learned = _learned(a, polarization, -1)
-  ones = jnp.ones((*delta.shape, polarization.ones), a.dtype)
+  ones = _constant(a, a.ndim - 1, polarization.ones, 1)
   return jnp.concatenate([ones, learned, leak.astype(a.dtype)], -1)
 
 
@@ -133,9 +133,7 @@ def _with_constants(function, a, polarization, axis, one, zero):
       f" decays, whose shape is {a.shape}."
     )
   axis = axis % a.ndim
-  block = lambda count, value: jnp.full(
-    (*a.shape[:axis], count, *a.shape[axis + 1 :]), value, a.dtype
-  )
+  block = lambda count, value: _constant(a, axis, count, value)
   return jnp.concatenate(
     [
       block(polarization.ones, one),
@@ -144,6 +142,13 @@ def _with_constants(function, a, polarization, axis, one, zero):
     ],
     axis,
   )
+
+
+def _constant(a, axis, count, value):
+  """`count` channels of one value, divided by a mesh as those of `a` are."""
+  shape = (*a.shape[:axis], count, *a.shape[axis + 1 :])
+  zero = jnp.zeros_like(a).sum(axis, keepdims=True)
+  return jnp.broadcast_to(zero + jnp.asarray(value, a.dtype), shape)
 
 
 def _learned(a, polarization, axis):

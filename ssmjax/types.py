@@ -45,6 +45,7 @@ __all__ = [
   "check_value",
   "describe_model",
   "field_annotations",
+  "gathered",
   "read_description",
   "real_dtype",
   "register_model",
@@ -618,3 +619,29 @@ def _described(annotation) -> str:
   name = getattr(base, "__name__", str(base))
   article = "an" if name[0] in "AEIOUaeiou" else "a"
   return names.get(base, f"{article} {name}") + limits
+
+
+def gathered[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+  """Call a function with arrays of which every device has a copy.
+
+  Arrays that explicit axes divide carry that division in their types, and most
+  of `jax.numpy` refuses what it cannot divide in the same way. What measures a
+  model looks at every pair of tokens or every channel, so it gets the whole of
+  each array. Automatic axes are left to the compiler.
+  """
+
+  @functools.wraps(function)
+  def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    args, kwargs = jax.tree.map(_whole, (args, kwargs))
+    return function(*args, **kwargs)
+
+  return call
+
+
+def _whole(x: Any) -> Any:
+  if not isinstance(x, jax.Array):
+    return x
+  sharding = jax.typeof(x).sharding
+  if not sharding.mesh.explicit_axes or not any(sharding.spec):
+    return x
+  return jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, jax.P()))

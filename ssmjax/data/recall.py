@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssmjax.types import Count, Size, check_fields
+from ssmjax.types import Count, Size, check_fields, gathered
 
 # What a position without a query has as its label.
 IGNORE = -100
@@ -206,6 +206,7 @@ def recall_batch(
   return recall_examples(config, seed, indices)
 
 
+@gathered
 def recall_examples(
   config: RecallConfig, seed: Integer, indices: jax.Array | np.ndarray
 ) -> RecallBatch:

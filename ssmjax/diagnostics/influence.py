@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssmjax.diagnostics.norms import norm
-from ssmjax.types import Array, Float
+from ssmjax.types import Array, Float, gathered
 
 __all__ = ["Influence", "influence", "influence_memory"]
 
@@ -46,6 +46,7 @@ class Influence(NamedTuple):
     )
 
 
+@gathered
 def influence(
   function: Callable[[Array], Array],
   x: Float[Array, "B T M"],
@@ -134,6 +135,7 @@ def influence(
   return Influence(np.asarray(times), squared, error, probes)
 
 
+@gathered
 def influence_memory(
   function: Callable[[Array], Array],
   x: Any,

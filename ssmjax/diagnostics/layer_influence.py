@@ -11,7 +11,14 @@ from ssmjax.theory import Premise, outputs, parallel_weights
 from ssmjax.theory.eq1 import canonical
 from ssmjax.theory.extremes import largest
 from ssmjax.theory.influence import influence_factors, influence_sum
-from ssmjax.types import Array, Float, Inexact, Recurrence, state_dtype
+from ssmjax.types import (
+  Array,
+  Float,
+  Inexact,
+  Recurrence,
+  gathered,
+  state_dtype,
+)
 
 __all__ = [
   "LayerInfluence",
@@ -51,6 +58,7 @@ class LayerInfluence(NamedTuple):
   local: Premise
 
 
+@gathered
 def layer_influence(
   layer: Callable[[Array], Recurrence],
   x: Float[Array, "B T M"],
@@ -105,6 +113,7 @@ def layer_influence(
   )
 
 
+@gathered
 def autodiff_jacobian(
   layer: Callable[[Array], Recurrence], x: Float[Array, "B T M"]
 ) -> Inexact[Array, "B T T D M"]:
@@ -140,6 +149,7 @@ def autodiff_jacobian(
   return jnp.transpose(rows, (2, 0, 3, 1, 4))
 
 
+@gathered
 def log_decay(recurrence: Recurrence, time: int = -1) -> Float[Array, "B T *S"]:
   """Evaluate the closed form's logarithm for one t and every s, in O(T).
 
@@ -172,6 +182,7 @@ def log_decay(recurrence: Recurrence, time: int = -1) -> Float[Array, "B T *S"]:
   return jnp.pad(sums, after, constant_values=-jnp.inf)
 
 
+@gathered
 def log_a_max(recurrence: Recurrence) -> Float[Array, " B"]:
   """Find log A_max, the slope that Theorem 3.1 allows: max over n and t ≥ 2.
 

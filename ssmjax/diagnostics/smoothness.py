@@ -24,6 +24,7 @@ from ssmjax.types import (
   Recurrence,
   check_inexact,
   check_shapes,
+  gathered,
   real_dtype,
 )
 
@@ -88,6 +89,7 @@ class LayerSmoothness(NamedTuple):
   kappa: KappaSmoothing
 
 
+@gathered
 def sharpness(
   x: Inexact[Array, "B T *S"],
   *,
@@ -176,6 +178,7 @@ def sharpness(
   )
 
 
+@gathered
 def channel_spread(
   x: Inexact[Array, "B T *S"],
   *,
@@ -208,6 +211,7 @@ def channel_spread(
   return largest(each, 0)
 
 
+@gathered
 def layer_smoothness(
   recurrence: Recurrence,
   mixer: Inexact[Array, "B T M"] | None = None,

@@ -17,6 +17,7 @@ from ssmjax.types import (
   Float,
   Recurrence,
   check_shapes,
+  gathered,
   real_dtype,
 )
 
@@ -64,6 +65,7 @@ class Spectrum(NamedTuple):
   share_below: Float[Array, " K"]
 
 
+@gathered
 def spectrum(
   recurrence: Recurrence,
   *,
@@ -143,6 +145,7 @@ def spectrum(
   )
 
 
+@gathered
 def memory_length(
   recurrence: Recurrence, *, mask: Bool[Array, "B T"] | None = None
 ) -> Float[Array, "*S"]:
@@ -165,6 +168,7 @@ def memory_length(
   return _memory(_token_mean(jnp.log(a), mask))
 
 
+@gathered
 def cumulative_share(
   values: Float[Array, "..."], grid: Float[Array, " G"]
 ) -> Float[Array, " G"]:

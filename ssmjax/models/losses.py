@@ -66,7 +66,7 @@ def classification_loss(
     )
   weights = batch.get("weights")
   if weights is None:
-    weights = jnp.ones(labels.shape, jnp.float32)
+    weights = jnp.ones_like(labels, jnp.float32)
   weights = weights.astype(jnp.float32)
   counts = weights != 0
   pooled = model.features(inputs, batch.get("segment_ids"))

@@ -117,6 +117,10 @@ def lti_matrix_scan_reference(
 ) -> tuple[Float[Array, "B T D R"], Float[Array, "B D N"]]:
   """Define `lti_matrix_scan`: a loop of `lti_matrix_step` over the tokens."""
   _check("lti_matrix_scan_reference", x, a, b, c, initial_state, segment_ids)
+  return _scan(x, a, b, c, initial_state, segment_ids, "reference")
+
+
+def _loop(x, a, b, c, initial_state, segment_ids):
   state = _initial(x, a, b, c, initial_state)
   a, b, c = (v.astype(state.dtype) for v in (a, b, c))
   masks = segment_masks(segment_ids)
@@ -152,13 +156,8 @@ def _token(state, token, a, b, c):
 def _scan(x, a, b, c, initial_state, segment_ids, implementation):
   """The scan of each device's part, if there are several."""
   reference = implementation == "reference"
-  run = _chunked
-  if reference:
-    run = lambda *args: lti_matrix_scan_reference(
-      *args[:4], initial_state=args[4], segment_ids=args[5]
-    )
   return divided(
-    run,
+    _loop if reference else _chunked,
     (x, a, b, c, initial_state, segment_ids),
     ("rtd", "dnn", "dn", "don", "rdn", "rt"),
     ("rtdo", "rdn"),

@@ -238,8 +238,12 @@ def _token(learner, state, q, k, v, rate, valid, restart):
   slope = rate[..., None] * slope
   weight_sum = state.weight_sum + k[..., None] * slope[..., None, :]
   bias_sum = state.bias_sum + slope
-  down = learner.token_scale[state.position]
-  down = lambda x, down=down: at(down, x) * x
+  # By comparison, not by indexing: it is divided over rows as the state is.
+  scale = learner.token_scale
+  places = jnp.arange(scale.shape[0], dtype=jnp.int32)
+  here = state.position[:, None] == places
+  scale = jnp.where(here, scale[None], jnp.zeros_like(scale[None])).sum(1)
+  down = lambda x: at(scale, x) * x
   new_weight = state.weight - down(weight_sum)
   new_bias = state.bias - down(bias_sum)
   z = read(q, base_weight + new_weight) + base_bias + new_bias

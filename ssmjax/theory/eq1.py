@@ -18,6 +18,7 @@ from ssmjax.types import (
   Inexact,
   Recurrence,
   check_inexact,
+  gathered,
   real_dtype,
   state_dtype,
 )
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 
+@gathered
 def from_arrays(
   a: Inexact[Array, "B T *S"],
   dt: Inexact[Array, "B T *S"],
@@ -110,6 +112,7 @@ def canonical(
   return jnp.broadcast_to(wide(r.a), r.b.shape), dt, wide(r.b), h
 
 
+@gathered
 def states(recurrence: Recurrence) -> Inexact[Array, "B T *S"]:
   """Run Eq. 1 as it is written, token by token: h₁ to h_T."""
   a, dt, b, h = canonical("states", recurrence)
@@ -124,6 +127,7 @@ def states(recurrence: Recurrence) -> Inexact[Array, "B T *S"]:
   return jnp.moveaxis(lax.scan(step, h, xs)[1], 0, 1)
 
 
+@gathered
 def outputs(
   recurrence: Recurrence, h: Inexact[Array, "B T *S"] | None = None
 ) -> Inexact[Array, "B T D"]:
@@ -134,6 +138,7 @@ def outputs(
   return jax.vmap(recurrence.readout, (1, 0), 1)(h, times)
 
 
+@gathered
 def rotating_frame(recurrence: Recurrence) -> Recurrence:
   """Write a layer of complex decays as one whose decays are their moduli.
 
@@ -168,6 +173,7 @@ def rotating_frame(recurrence: Recurrence) -> Recurrence:
   return Recurrence(size, dt, turned * b.astype(turned.dtype), h, readout)
 
 
+@gathered
 def zero_order_hold(recurrence: Recurrence) -> Recurrence:
   """Discretise the same layer exactly, where it has taken an Euler step.
 

@@ -17,6 +17,7 @@ from ssmjax.types import (
   Float,
   Inexact,
   Recurrence,
+  gathered,
   real_dtype,
   state_dtype,
 )
@@ -62,6 +63,7 @@ class Factors(NamedTuple):
   channels: tuple[int, ...]
 
 
+@gathered
 def dependence_window(
   layer: Callable[[Array], Recurrence], x: Float[Array, "B T M"]
 ) -> int:
@@ -97,6 +99,7 @@ def dependence_window(
   return _window_of("dependence_window", _dependence(layer, x))
 
 
+@gathered
 def locality_premise(
   layer: Callable[[Array], Recurrence],
   x: Float[Array, "B T M"],

@@ -13,7 +13,7 @@ from ssmjax.theory.smoothing import (
   outside,
   spread,
 )
-from ssmjax.types import Array, Bool, Float, Recurrence
+from ssmjax.types import Array, Bool, Float, Recurrence, gathered
 
 __all__ = ["KappaSmoothing", "kappa", "kappa_smoothing"]
 
@@ -48,6 +48,7 @@ class KappaSmoothing(NamedTuple):
   joint_bound: Float[Array, " B"]
 
 
+@gathered
 def kappa(recurrence: Recurrence) -> Float[Array, "B *S"]:
   """Find the least κ of each channel with Δₜ ≤ κ(1 - Aₜ).
 
@@ -82,6 +83,7 @@ def kappa(recurrence: Recurrence) -> Float[Array, "B *S"]:
   return jnp.maximum(later, _only_positive(dt[:, 0]))
 
 
+@gathered
 def kappa_smoothing(
   recurrence: Recurrence, *, tolerance: float | None = None
 ) -> KappaSmoothing:

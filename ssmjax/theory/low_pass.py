@@ -14,6 +14,7 @@ from ssmjax.types import (
   Inexact,
   check_inexact,
   check_shapes,
+  gathered,
   real_dtype,
 )
 
@@ -51,6 +52,7 @@ class LowPass(NamedTuple):
   premise: Premise
 
 
+@gathered
 def transfer(
   omega: Float[Array, " F"],
   a: Inexact[Array, " N"],
@@ -90,6 +92,7 @@ def transfer(
   return z + jnp.asarray(skip, real).astype(z.dtype)
 
 
+@gathered
 def transfer_bound(
   omega: Float[Array, " F"],
   a: Inexact[Array, " N"],
@@ -107,6 +110,7 @@ def transfer_bound(
   return (jnp.abs(b * c)[None] / distance).sum(-1)
 
 
+@gathered
 def cutoff(
   epsilon: Float[Array, ""] | float,
   a: Inexact[Array, " N"],
@@ -146,6 +150,7 @@ def cutoff(
   return largest(jnp.abs(a.imag)) + root
 
 
+@gathered
 def low_pass_premise(a: Inexact[Array, " N"]) -> Premise:
   """Check that Re aₙ < 0 and aₙ is finite, for each n; excess Re aₙ."""
   check_inexact("low_pass_premise", a=a)
@@ -156,6 +161,7 @@ def low_pass_premise(a: Inexact[Array, " N"]) -> Premise:
   return measure_premise(finite & (a.real < 0), excess, 0)
 
 
+@gathered
 def low_pass(
   epsilon: Float[Array, ""] | float,
   a: Inexact[Array, " N"],
@@ -218,6 +224,7 @@ def low_pass(
   )
 
 
+@gathered
 def stop_band_peak(
   omega: Float[Array, " F"],
   response: Inexact[Array, " F"],
@@ -250,6 +257,7 @@ def stop_band_peak(
   return jnp.where(unknown, jnp.nan, peak)
 
 
+@gathered
 def discrete_transfer(
   theta: Float[Array, " F"],
   a: Inexact[Array, " N"],

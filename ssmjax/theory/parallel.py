@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssmjax.theory.eq1 import canonical, outputs, states
-from ssmjax.types import Array, Inexact, Recurrence
+from ssmjax.types import Array, Inexact, Recurrence, gathered
 
 __all__ = ["ParallelForm", "parallel_form", "parallel_weights"]
 
@@ -32,6 +32,7 @@ class ParallelForm(NamedTuple):
   parallel_outputs: Inexact[Array, "B T D"]
 
 
+@gathered
 def parallel_weights(
   a: Inexact[Array, "B T *S"],
 ) -> Inexact[Array, "B T T *S"]:
@@ -74,6 +75,7 @@ def parallel_weights(
   return jnp.moveaxis(rows, 0, 1)
 
 
+@gathered
 def parallel_form(recurrence: Recurrence) -> ParallelForm:
   """Evaluate both sides of Lemma D.1.
 

@@ -11,7 +11,7 @@ from ssmjax.theory.extremes import largest, smallest
 from ssmjax.theory.influence import Factors, influence_factors, influence_sum
 from ssmjax.theory.parallel import parallel_weights
 from ssmjax.theory.premises import Premise, measure_premise
-from ssmjax.types import Array, Bool, Float, Inexact, Recurrence
+from ssmjax.types import Array, Bool, Float, Inexact, Recurrence, gathered
 
 __all__ = [
   "PolarizedRecency",
@@ -119,6 +119,7 @@ class PolarizedRecency(NamedTuple):
   window: int
 
 
+@gathered
 def recency_premises(recurrence: Recurrence) -> RecencyPremises:
   """Check 0 < |(Aₜ)ₙₙ| < 1 for every n and t ≥ 2.
 
@@ -137,6 +138,7 @@ def recency_premises(recurrence: Recurrence) -> RecencyPremises:
   return _premises(canonical("recency_premises", recurrence)[0])
 
 
+@gathered
 def recency(
   layer: Callable[[Array], Recurrence],
   x: Float[Array, "B T M"],
@@ -231,6 +233,7 @@ def recency(
   )
 
 
+@gathered
 def polarized_recency(
   layer: Callable[[Array], Recurrence],
   x: Float[Array, "B T M"],

@@ -14,6 +14,7 @@ from ssmjax.types import (
   Float,
   Inexact,
   Recurrence,
+  gathered,
   state_dtype,
 )
 
@@ -106,6 +107,7 @@ class StateEnvelope(NamedTuple):
   applies: Bool[Array, "B *S"]
 
 
+@gathered
 def smoothing_premises(
   recurrence: Recurrence, *, tolerance: float | None = None
 ) -> SmoothingPremises:
@@ -147,6 +149,7 @@ def smoothing_premises(
   return _premises(a, dt, b, first_state(a, dt, b, h0), tolerance)
 
 
+@gathered
 def oversmoothing(
   recurrence: Recurrence, *, tolerance: float | None = None
 ) -> OverSmoothing:
@@ -214,6 +217,7 @@ def oversmoothing(
   )
 
 
+@gathered
 def state_envelope(
   recurrence: Recurrence, *, tolerance: float | None = None
 ) -> StateEnvelope:
@@ -271,6 +275,7 @@ def state_envelope(
   )
 
 
+@gathered
 def spread(points: Inexact[Array, "B T *S"]) -> Float[Array, "B *S"]:
   """Measure the largest distance of two times, max_{t,s} |pₜ - pₛ|.
 
