@@ -448,6 +448,37 @@ def test_stream_makes_the_examples_that_it_numbers(strict):
   _assert_equal(_host(make(np.uint32(step), np.uint32(6))), _host(expected))
 
 
+@pytest.mark.parametrize("run_length", [1, 3])
+def test_batches_of_one_shape_are_those_of_each_kind(run_length):
+  mix = RecallMix(
+    tuple((RecallConfig(16, k, 16), n) for k, n in ((1, 40), (2, 33), (4, 70)))
+  )
+  make = functools.partial(
+    RecallStream, mix, 8, fresh=True, run_length=run_length
+  )
+  each, one = make(), make(one_shape=True)
+  (kind,) = {one.kind(step) for step in range(40)}
+  batch = jax.jit(lambda step: one.batch(kind, step, 5))
+  for step in range(2 * each.steps_per_epoch):
+    expected = each.batch(each.kind(step), step, 5)
+    actual = batch(jnp.int32(step))
+    np.testing.assert_array_equal(actual["tokens"], expected["tokens"])
+    asked = expected["positions"].shape[1]
+    np.testing.assert_array_equal(
+      actual["weights"], np.broadcast_to(np.arange(4) < asked, (8, 4))
+    )
+    for name in ("positions", "targets", "distances"):
+      np.testing.assert_array_equal(actual[name][:, :asked], expected[name])
+
+
+def test_one_shape_is_refused_where_there_is_none():
+  with pytest.raises(ValueError, match=r"lengths \[16, 32\]"):
+    RecallStream(MIX, 4, one_shape=True)
+  same = RecallMix(((SMALL, 18),))
+  with pytest.raises(ValueError, match="order='sequential'"):
+    RecallStream(same, 4, order="sequential", one_shape=True)
+
+
 def test_shuffled_order_is_uniform_and_new_in_each_epoch():
   mix = RecallMix(tuple((SMALL, 1) for _ in range(12)))
   stream = RecallStream(mix, 1)

@@ -18,7 +18,10 @@ from ssmjax.types import Size, check_fields
 
 
 class RecallKind(NamedTuple):
-  """Say which segment a step's batch is from and how many rows it has."""
+  """Say which segment a step's batch is from and how many rows it has.
+
+  With `RecallStream.one_shape` every step is of one kind, and segment is -1.
+  """
 
   segment: int
   rows: int
@@ -49,10 +52,16 @@ class RecallStream:
     run_length: shuffle runs of this many batches of one kind instead of
       single batches, for a trainer that dispatches several steps at once. The
       batches of a segment that fill no run end the epoch, segment by segment.
+    one_shape: give the batches of all segments one shape, so that a trainer
+      compiles one program in place of one for each segment. Batches have as
+      many queries as the segment with the most: `weights [B, Q]` are 1 for a
+      query and 0 for what fills up, which stands at position 0. Shuffled
+      order only, and segments of one length.
 
   Raises:
     ValueError: if an argument is out of range, a segment is smaller than a
-      shuffled batch, or run_length is given for the sequential order.
+      shuffled batch, run_length is given for the sequential order, or
+      one_shape for segments of several lengths.
 
   >>> from ssmjax.data import AUTHORS_MIX
   >>> RecallStream(AUTHORS_MIX, 128, order="sequential").steps_per_epoch
@@ -64,9 +73,18 @@ class RecallStream:
   order: Literal["shuffled", "sequential"] = "shuffled"
   fresh: bool = False
   run_length: Size = 1
+  one_shape: bool = False
 
   def __post_init__(self):
     check_fields(self)
+    if self.one_shape:
+      lengths = sorted({config.length for config, _ in self.mix.segments})
+      if self.order == "sequential" or len(lengths) > 1:
+        raise ValueError(
+          f"RecallStream: one_shape=True with order={self.order!r} and lengths"
+          f" {lengths}, expected the shuffled order and segments of one length."
+          " Leave it out."
+        )
     if self.order == "sequential":
       if self.run_length != 1:
         raise ValueError(
@@ -103,7 +121,7 @@ class RecallStream:
       segment = _segment(self._first_runs, run)
     else:
       segment = _segment(self._first_left, place - self._shuffled_steps)
-    return RecallKind(segment, self.batch_size)
+    return RecallKind(_ANY if self.one_shape else segment, self.batch_size)
 
   def batch(
     self, kind: RecallKind, step: Integer, seed: Integer
@@ -126,8 +144,21 @@ class RecallStream:
         f"RecallStream.batch: kind={kind} for step {step}, expected "
         f"{self.kind(int(step))}."
       )
-    config, _ = self.mix.segments[kind[0]]
-    return recall_examples(config, seed, self.indices(kind, step))
+    if not self.one_shape:
+      config, _ = self.mix.segments[kind[0]]
+      return recall_examples(config, seed, self.indices(kind, step))
+    queries = max(config.queries for config, _ in self.mix.segments)
+    step = jnp.asarray(as_uint32("RecallStream.batch", "step", step))
+
+    def make(segment):
+      config, _ = self.mix.segments[segment]
+      indices = self.indices(RecallKind(segment, kind[1]), step)
+      return _padded(recall_examples(config, seed, indices), queries)
+
+    branches = [
+      functools.partial(make, i) for i in range(len(self.mix.segments))
+    ]
+    return jax.lax.switch(self._segment_of(step), branches)
 
   def indices(self, kind: RecallKind, step: Integer) -> jax.Array:
     """Number the examples [B], uint32, that are the batch of `step`."""
@@ -143,6 +174,20 @@ class RecallStream:
       size = np.uint32(self.mix.segments[segment][1])
       at = (at + epoch * rows_per_epoch) % size
     return at + np.uint32(self.mix.offsets[segment])
+
+  def _segment_of(self, step: jax.Array) -> jax.Array:
+    """Find, on the device, the segment of a step of the shuffled order."""
+    epoch, place = jnp.divmod(step, np.uint32(self.steps_per_epoch))
+    after = lambda starts, at: sum(
+      (at >= np.uint32(first)).astype(jnp.int32) for first in starts[1:]
+    ) + jnp.int32(0)
+    shuffled = np.uint32(self._shuffled_steps)
+    left = after(self._first_left, place - shuffled)
+    runs = sum(self._runs)
+    if not runs:
+      return left
+    run = _shuffle(place // np.uint32(self.run_length), epoch, runs, jnp)
+    return jnp.where(place < shuffled, after(self._first_runs, run), left)
 
   def _number(
     self, segment: int, epoch: jax.Array, place: jax.Array
@@ -190,6 +235,22 @@ class RecallStream:
   def _first_left(self) -> tuple[int, ...]:
     """Where each segment's batches outside runs start, after the runs."""
     return _starts(batches % self.run_length for batches in self._batches)
+
+
+# The segment of a kind that stands for all.
+_ANY = -1
+
+
+def _padded(batch: RecallBatch, queries: int) -> RecallBatch:
+  """A batch of as many queries, the further ones of weight 0."""
+  rows, own = batch["positions"].shape
+  more = lambda x: jnp.pad(x, ((0, 0), (0, queries - own)))
+  padded = {name: more(batch[name]) for name in _BY_QUERY}
+  weights = more(jnp.ones((rows, own), jnp.float32))
+  return {**batch, **padded, "weights": weights}
+
+
+_BY_QUERY = ("positions", "targets", "distances")
 
 
 def _shuffle(index, epoch, size: int, xp):
