@@ -170,19 +170,31 @@ MODELS = {
     dtype=jnp.bfloat16,
   ),
 }
-# What the rest of the table covers, put together in another way.
-NIGHTLY = {
-  *("mamba", "mamba_replaced", "mamba_authors", "attention_bf16"),
-  *("mamba2_bf16", "longhorn_bf16", "attention_grouped"),
-  *("rglru", "rglru_bf16", "mingru_bf16"),
-  *("mlstm_bf16", "rwkv4_bf16", "rwkv5_bf16", "rwkv6_bf16"),
-  *("rwkv_channel_mix_bf16", "minlstm_bf16"),
-  *("linear_attention_bf16", "retnet_bf16", "gla_bf16", "hgrn2_bf16"),
-  *("h3_bf16", "lmu_bf16", "s4_bf16", "s4_convolution"),
-  *("s4d_real", "s4d_bf16", "dss_bf16"),
-  *("deltanet_bf16", "gated_deltanet_bf16", "ttt_linear_bf16"),
-  *("hyena_bf16", "cema_bf16"),
-  *("lm_mamba", "lm_attention", "lm_griffin", "lm_min_rnn", "lm_bf16"),
+# Kinds that share an op and most of their code. By day the table has one of
+# each, at night all; what a kind computes, its own tests say every day.
+FAMILIES = (
+  {S4Config, LMUConfig},
+  {S4DConfig, DSSConfig, CEMAConfig},
+  {H3Config},
+  {HyenaConfig},
+  {MambaConfig},
+  {Mamba2Config},
+  {RGLRUConfig, LonghornConfig, MinGRUConfig, MinLSTMConfig},
+  {RWKV4Config},
+  {RWKV5Config, RWKV6Config},
+  {GLAConfig, HGRN2Config, LinearAttentionConfig, RetNetConfig},
+  {MLSTMConfig},
+  {DeltaNetConfig, GatedDeltaNetConfig},
+  {TTTLinearConfig},
+  {AttentionConfig},
+  {RWKVChannelMixConfig},
+)
+# The rows that put most together: Mamba in float32 is in "lm_hybrid".
+BY_DAY = {
+  *("lmu", "s4d_both", "h3_both", "hyena", "mamba_bf16", "mamba2_both"),
+  *("rglru_both", "rwkv4_both", "rwkv6_both", "gla_both", "mlstm_both"),
+  *("gated_deltanet", "ttt_linear", "attention", "rwkv_channel_mix"),
+  *("user_ema", "lm_options", "lm_hybrid"),
 }
 # Mixers without a diagonal Eq. 1.
 NOT_EQ1 = (
@@ -199,6 +211,9 @@ NOT_EQ1 = (
 TRANSFORMED = {"lm_hybrid"}
 # By day one mixer runs over a long sequence, at night all of them.
 LONG = {"rglru_both"}
+# These begin by day without a state too: a state of channels, one of heads,
+# one with a window of tokens, one of a matrix, and all in a model.
+STATELESS = {"s4d_both", "mamba_bf16", "h3_both", "mlstm_both", "lm_hybrid"}
 
 WIDTH, LENGTH = 8, 8
 # Row by row: whole; another end; the first five tokens with padding on the
@@ -224,9 +239,9 @@ quick_jit = functools.partial(
 )
 
 
-def table(only=None, models=MODELS):
-  """One parameter a model; outside of `only`, or if slow, for the night."""
-  late = NIGHTLY if only is None else models.keys() - only
+def table(only=BY_DAY, models=MODELS):
+  """One parameter a model; outside of `only` it is for the night."""
+  late = models.keys() - only
   return pytest.mark.parametrize(
     "name",
     [
@@ -237,12 +252,17 @@ def table(only=None, models=MODELS):
 
 
 def test_table_has_every_kind_and_no_name_that_is_not_there():
-  by_day = [MODELS[name] for name in MODELS.keys() - NIGHTLY]
-  narrow = [MODELS[name] for name in MODELS if dtype_of(name) == jnp.bfloat16]
-  for rows in (by_day, narrow):
-    assert {type(row) for row in rows} >= set(MIXERS.values())
-  for names in (NIGHTLY, LONG, TRANSFORMED):
-    assert MODELS.keys() >= names
+  narrow = {name for name in MODELS if dtype_of(name) == jnp.bfloat16}
+  for names in (MODELS.keys() - narrow, narrow):
+    assert kinds_of(names) >= set(MIXERS.values())
+  assert sorted(MIXERS.values(), key=str) == sorted(
+    (kind for family in FAMILIES for kind in family), key=str
+  )
+  for family in FAMILIES:
+    assert family & kinds_of(BY_DAY), family
+  assert MODELS.keys() >= BY_DAY
+  for names in (LONG, STATELESS, TRANSFORMED):
+    assert names <= BY_DAY
 
 
 @table()
@@ -263,12 +283,11 @@ def test_model_keeps_its_parameters_in_float32(name):
     assert param[...].dtype == jnp.float32, path
 
 
-@table()
+@table(STATELESS)
 def test_model_without_state_and_segments_starts_at_the_beginning(name):
   model, x = model_of(name), inputs(name)
   y, _ = run(model, x, None, None)
-  expected, _ = run(model, x, model.init_state(8), SEGMENTS)
-  close(name, y[:2], expected[:2])
+  close(name, y[:2], whole(name)[0][:2])
 
 
 @table()
@@ -299,8 +318,17 @@ def test_model_keeps_packed_documents_apart(name):
 
 
 @table()
-@pytest.mark.parametrize("pieces", [(4, 4), (1, 1, 1, 1, 4)])
-def test_model_run_in_pieces_equals_the_whole(name, pieces):
+def test_model_run_in_halves_equals_the_whole(name):
+  check_pieces(name, (4, 4))
+
+
+# By day steps, too, take one token at a time.
+@table(TRANSFORMED)
+def test_model_run_token_by_token_equals_the_whole(name):
+  check_pieces(name, (1, 1, 1, 1, 4))
+
+
+def check_pieces(name, pieces):
   model, x = model_of(name), inputs(name)
   expected, expected_state = whole(name)
   state, ys, start = model.init_state(8), [], 0
@@ -346,26 +374,26 @@ def test_model_has_finite_gradients_that_padding_does_not_change(name):
 
 @table()
 def test_model_compiles_once_for_all_its_instances(name):
-  model, x = model_of(name), inputs(name)
-  run(model, x, None, None)
+  x, (expected, _) = inputs(name), whole(name)
   before = TRACES["run"]
-  run(model, x + 0, None, None)
-  y, _ = run(model_of(name, seed=1), x, None, None)
+  for seed in range(2):
+    model = model_of(name, seed)
+    y, _ = run(model, x + 0, model.init_state(8), SEGMENTS)
   assert TRACES["run"] == before
-  assert rms_error(y[:2], run(model, x, None, None)[0][:2]) > 1e-3
+  assert rms_error(y[:2], expected[:2]) > 1e-3
 
 
 @table()
 def test_model_saved_by_orbax_gives_the_same_outputs(name, tmp_path):
-  model, x = model_of(name), inputs(name)
-  y, _ = run(model, x, None, None)
+  model = model_of(name)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "model", nnx.state(model))
     checkpointer.wait_until_finished()
     graphdef, other = nnx.split(model_of(name, seed=1))
     restored = checkpointer.restore(tmp_path / "model", other)
-  again, _ = run(nnx.merge(graphdef, restored), x, None, None)
-  np.testing.assert_array_equal(again, y)
+  state = model.init_state(8)
+  again, _ = run(nnx.merge(graphdef, restored), inputs(name), state, SEGMENTS)
+  np.testing.assert_array_equal(again, whole(name)[0])
 
 
 @table(models={k: v for k, v in MODELS.items() if not k.startswith("lm_")})
@@ -388,7 +416,7 @@ def test_mixer_shows_its_recurrence_or_says_why_it_has_none(name):
   eq1 = quick_jit(lambda model, x: model.recurrence(x))(model, x)
   assert eq1.a.shape == eq1.b.shape
   y = jnp.moveaxis(literal(eq1), 0, 1)
-  close(name, y[:2], run(model, x, None, None)[0][:2])
+  close(name, y[:2], whole(name)[0][:2])
 
 
 @table(LONG, {k: v for k, v in MODELS.items() if not k.startswith("lm_")})
@@ -432,7 +460,9 @@ def test_model_is_built_for_stacked_seeds(name):
 
 
 @table(TRANSFORMED)
-@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize(
+  "where", [pytest.param("inside", marks=pytest.mark.nightly), "outside"]
+)
 def test_model_sharded_over_devices_has_the_whole_gradient(name, where):
   model, x = model_of(name), inputs(name)
   mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
@@ -458,6 +488,10 @@ def test_model_sharded_over_devices_has_the_whole_gradient(name, where):
 
 def is_lm(name):
   return isinstance(MODELS[name], ModelConfig)
+
+
+def kinds_of(names):
+  return {type(MODELS[name]) for name in names}
 
 
 def dtype_of(name):
