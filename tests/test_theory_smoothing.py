@@ -21,6 +21,18 @@ pytestmark = pytest.mark.usefixtures("strict", "x64")
 
 REAL = sorted(appendix_b.FORMS.keys() - appendix_b.COMPLEX)
 COMPLEX = sorted(appendix_b.COMPLEX)
+# By day a form of each way to make decays and inputs: all compile for long.
+BY_DAY = {
+  "s6", "mamba2", "linear_attention_elu", "retnet", "gla", "hgrn2", "rg_lru",
+  "rwkv4", "mlstm", "longhorn", "dss", "h3", "hgrn", "megalodon",
+}  # fmt: skip
+FORMS = pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[] if name in BY_DAY else [pytest.mark.nightly])
+    for name in sorted(appendix_b.FORMS)
+  ],
+)
 ROWS = 8
 BOTH = Polarization(ones=1, zeros=1)
 PAPER, OURS = quick(theory.oversmoothing), quick(theory.kappa_smoothing)
@@ -29,10 +41,12 @@ PREMISES = quick(theory.smoothing_premises)
 ENVELOPE = quick(theory.state_envelope)
 
 
-@pytest.mark.parametrize("name", sorted(appendix_b.FORMS))
+@FORMS
+@pytest.mark.parametrize(
+  "length", [pytest.param(2, marks=pytest.mark.nightly), 9]
+)
 @given(
   seed=st.integers(0, 2**31 - 1),
-  length=st.sampled_from([2, 9]),
   scale=st.sampled_from([0.3, 1.0, 3.0]),
   centred=st.booleans(),
   begun=st.booleans(),
@@ -50,7 +64,7 @@ def test_bounds_hold_of_every_form_of_appendix_b_whenever_they_claim_to(
   name, seed, length, scale, **flags
 ):
   flags = {k: jnp.asarray(v) for k, v in flags.items()}
-  group = COMPLEX if name in COMPLEX else REAL
+  group = group_of(name)
   p, x, noise = drawn(seed, length, scale)
   results = measured(group)(group.index(name), p, x, noise, flags)
   paper, ours, envelope = results
@@ -75,9 +89,9 @@ def test_bounds_hold_of_every_form_of_appendix_b_whenever_they_claim_to(
     at_most(envelope.sharp_upper, envelope.upper, where=where)
 
 
-@pytest.mark.parametrize("name", sorted(appendix_b.FORMS))
+@FORMS
 def test_premise_holds_of_the_forms_of_which_it_is_said_to(name):
-  group = COMPLEX if name in COMPLEX else REAL
+  group = group_of(name)
   off = dict.fromkeys(("centred", "begun", "polarized", "started"), False)
   flags = {k: jnp.asarray(v) for k, v in off.items()}
   args = drawn(0, 9, 0.3)
@@ -548,6 +562,12 @@ def drawn(seed, length, scale):
   p = rng.normal(size=(appendix_b.WEIGHTS, 3, 4))
   x = scale * rng.normal(size=(ROWS, length, 3))
   return tuple(map(jnp.asarray, (p, x, rng.normal(size=(ROWS, 4)))))
+
+
+def group_of(name):
+  """The forms that are compiled with this one."""
+  group = COMPLEX if name in COMPLEX else REAL
+  return [other for other in group if (other in BY_DAY) == (name in BY_DAY)]
 
 
 def measured(group):
