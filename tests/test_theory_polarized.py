@@ -50,21 +50,29 @@ SMALL = {
 }  # fmt: skip
 # What a token t reads was written before it, of a token and the one before.
 WINDOWS = {"rwkv4": 3, "rwkv5": 3, "rwkv6": 3}
-# Influence takes seconds to compile: by day of two, real ones.
-BY_DAY = ("mamba", "minlstm")
+# By day one kind of each structure: of channels and of heads, real and
+# complex, with a shown system and with shown sums.
+BY_DAY = ("s4d", "h3", "mamba", "mamba2", "rwkv4", "gla")
 INFLUENCE = [
   pytest.param(
     kind,
     held,
     id=f"{kind}-{'both' if held else 'plain'}",
-    marks=[] if held and kind in BY_DAY else [pytest.mark.nightly],
+    # Influence takes seconds to compile.
+    marks=[] if held and kind == "mamba" else [pytest.mark.nightly],
   )
   for kind in KINDS
   for held in (BOTH, None)
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind",
+  [
+    pytest.param(kind, marks=[] if kind in BY_DAY else [pytest.mark.nightly])
+    for kind in KINDS
+  ],
+)
 def test_held_channels_sum_or_forget_exactly_and_states_are_bounded(kind):
   show = quick(lambda key, x: shown_and_own(kind, key, x))
   eq1, own = jax.tree.map(np.asarray, show(jax.random.key(0), tokens()))
