@@ -1,9 +1,11 @@
 """Compile selective scans of constants, each case named before it runs.
 
+Of the cases that are named behind the script, or of all where none is.
 A process of its own: where XLA's compiler aborts, nothing can be caught.
 """
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +86,15 @@ def whole_models():
 
 
 if __name__ == "__main__":
+  chosen = sys.argv[1:]
   for name, *case in cases():
+    if chosen and name not in chosen:
+      continue
     print(f"scan: {name}", flush=True)
     compare(*case)
   for name, run, x in whole_models():
+    if chosen and name not in chosen:
+      continue
     print(f"model: {name}", flush=True)
     jax.block_until_ready(run(x))
   print("done", flush=True)

@@ -160,11 +160,11 @@ def check(args, *, delta_softplus=True, ones=0, dtype=None):
   ("batch", "length", "channels", "states"),
   [
     (1, 1, 1, 1),
-    (1, 5, 1, 16),
+    pytest.param(1, 5, 1, 16, marks=pytest.mark.nightly),
     (3, 33, 20, 17),
     (1, 50, 300, 18),
-    (2, 19, 130, 64),
-    (2, 18, 9, 2),
+    pytest.param(2, 19, 130, 64, marks=pytest.mark.nightly),
+    pytest.param(2, 18, 9, 2, marks=pytest.mark.nightly),
   ],
 )
 def test_chunked_scan_equals_the_definition_at_odd_shapes(
@@ -179,7 +179,10 @@ def test_chunked_scan_equals_the_definition_at_odd_shapes(
   [
     (("D", "z", "delta_bias", "direct", "initial_state"), False, {}),
     (("z", "direct"), True, dict(valid=True)),
-    (("D", "initial_state"), True, dict(restart=True)),
+    pytest.param(
+      *(("D", "initial_state"), True, dict(restart=True)),
+      marks=pytest.mark.nightly,
+    ),
     (("delta_bias",), False, dict(valid=True, restart=True)),
   ],
 )
@@ -258,7 +261,9 @@ def test_chunked_scan_of_float64_is_exact(strict, x64):
   assert state.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("mapped", [("A",), NAMES])
+@pytest.mark.parametrize(
+  "mapped", [("A",), pytest.param(NAMES, marks=pytest.mark.nightly)]
+)
 def test_vmap_equals_a_loop(strict, mapped):
   one = [make(2, 21, 20, 3, seed=s, valid=True, restart=True) for s in range(3)]
   stacked = {
@@ -302,7 +307,9 @@ def test_vmap_of_vmap_keeps_groups_and_rows_apart(strict):
       np.testing.assert_allclose(y[i, j], run(one)[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+  "inside", [pytest.param(True, marks=pytest.mark.nightly), False]
+)
 def test_sharded_gradients_equal_those_of_one_device(strict, inside):
   auto = (jax.sharding.AxisType.Auto,) * 2
   mesh = jax.make_mesh((4, 2), ("data", "seed"), axis_types=auto)
@@ -385,11 +392,19 @@ def test_temporary_memory_grows_as_time_over_chunk():
   assert growth <= 2 * kept_states
 
 
-def test_constant_arguments_compile_and_equal_variables():
+@pytest.mark.parametrize(
+  "cases",
+  [
+    ("masks of several chunks", "all", "gradient"),
+    pytest.param((), marks=pytest.mark.nightly, id="every"),
+  ],
+)
+def test_constant_arguments_compile_and_equal_variables(cases):
   # In a process of its own: at a fault XLA's compiler ends it.
   script = pathlib.Path(__file__).with_name("constant_arguments.py")
   end = subprocess.run(
-    [sys.executable, script], capture_output=True, text=True, check=False,
+    [sys.executable, script, *cases],
+    capture_output=True, text=True, check=False,
     env=os.environ | {"PYTHONPATH": str(script.parents[1])},
   )  # fmt: skip
   last = end.stdout.strip().splitlines()[-1:]
