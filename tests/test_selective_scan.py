@@ -169,13 +169,18 @@ PLAIN = ("D", "z", "delta_bias", "initial_state")
   ("sizes", "options", "forms"),
   [
     ((2, 1, 1, 1), dict(without=PLAIN), FORMS[:2]),
-    ((1, 7, 1, 17), dict(), FORMS[:2]),
+    pytest.param(
+      *((1, 7, 1, 17), dict(), FORMS[:2]), marks=pytest.mark.nightly
+    ),
     ((2, 37, 3, 16), dict(polarization=BOTH, ids=True), FORMS[1:]),
     ((2, 11, 3, 4), dict(polarization=REPLACE, ids=True), FORMS[:2]),
     ((1, 300, 2, 3), dict(without=("z", "delta_bias")), FORMS[1:2]),
     ((2, 11, 3, 2), dict(kinds="cccc", ids=True), FORMS[2:]),
     ((1, 5, 2, 2), dict(kinds="rrcr", polarization=BOTH), FORMS[:1]),
-    ((1, 5, 2, 2), dict(kinds="rcrr", without=("D", "z")), FORMS[1:2]),
+    pytest.param(
+      *((1, 5, 2, 2), dict(kinds="rcrr", without=("D", "z")), FORMS[1:2]),
+      marks=pytest.mark.nightly,
+    ),
     ((1, 5, 2, 2), dict(kinds="crrr", without=("z",)), FORMS[1:2]),
   ],
 )
@@ -189,7 +194,9 @@ def test_every_form_and_gradient_equals_the_definition(sizes, options, forms):
   "polarization",
   [
     Polarization(zeros=2, placement="replace"),
-    Polarization(ones=2, placement="replace"),
+    pytest.param(
+      Polarization(ones=2, placement="replace"), marks=pytest.mark.nightly
+    ),
     Polarization(ones=1, zeros=1, zero_decay="authors"),
   ],
 )
@@ -200,21 +207,29 @@ def test_no_learned_channel_and_leaking_ones_equal_the_definition(polarization):
 
 
 @pytest.mark.usefixtures("strict")
-def test_bfloat16_has_a_float32_state():
+@pytest.mark.parametrize(
+  "form", [pytest.param("associative", marks=pytest.mark.nightly), "chunked"]
+)
+def test_bfloat16_has_a_float32_state(form):
   args = make(2, 13, 3, 4, polarization=BOTH, ids=True)
-  _, state = check(args, jnp.bfloat16, FORMS[:2], polarization=BOTH)
+  _, state = check(args, jnp.bfloat16, [form], polarization=BOTH)
   assert state.dtype == jnp.float32
 
 
 @pytest.mark.usefixtures("strict", "x64")
-def test_float64_is_kept():
+@pytest.mark.parametrize(
+  "form", ["chunked", pytest.param("chunks", marks=pytest.mark.nightly)]
+)
+def test_float64_is_kept(form):
   args = make(2, 9, 3, 4, polarization=BOTH, ids=True)
-  _, state = check(args, "float64", FORMS[1:], polarization=BOTH)
+  _, state = check(args, "float64", [form], polarization=BOTH)
   assert state.dtype == jnp.float64
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("form", FORMS[:2])
+@pytest.mark.parametrize(
+  "form", [pytest.param("associative", marks=pytest.mark.nightly), "chunked"]
+)
 def test_two_halves_are_the_whole_and_steps_are_the_scan(form):
   static = dict(polarization=BOTH, delta_softplus=True)
   # Ids are compared within one call, so no document ends at a cut.
@@ -347,7 +362,7 @@ def test_vmap_and_remat_in_a_scan_over_layers_equal_a_loop():
 @pytest.mark.parametrize(
   ("kind", "forms"),
   [
-    (AxisType.Auto, (None, "chunks")),
+    pytest.param(AxisType.Auto, (None, "chunks"), marks=pytest.mark.nightly),
     (AxisType.Explicit, (None,)),
     pytest.param(
       AxisType.Explicit,
