@@ -88,8 +88,15 @@ def test_sharded_train_step_compiles_for_tpus(mesh):
   assert memory.temp_size_in_bytes < 2 * scan
 
 
-@pytest.mark.parametrize("by_hand", [True, False], ids=["shard_map", "jit"])
-@pytest.mark.parametrize("mixer", ["mamba", "attention"])
+@pytest.mark.parametrize(
+  ("mixer", "by_hand"),
+  [
+    pytest.param("mamba", True, marks=pytest.mark.nightly),
+    ("mamba", False),
+    ("attention", True),
+    pytest.param("attention", False, marks=pytest.mark.nightly),
+  ],
+)
 def test_forward_compiles_for_tpus(mesh, mixer, by_hand):
   mixers = {"mamba": CONFIG.mixers, "attention": (AttentionConfig(2),)}
   config = ModelConfig(512, 128, 2, mixers=mixers[mixer])
@@ -156,7 +163,9 @@ def test_generation_compiles_for_tpus(mesh):
   assert compiled.out_info.shape == (BATCH, 4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "dtype", [pytest.param("float32", marks=pytest.mark.nightly), "bfloat16"]
+)
 @pytest.mark.parametrize("op", ["selective_scan", "linear_scan"])
 @pytest.mark.parametrize("chip", CHIPS["tpu"])
 def test_kernels_compile_for_every_tpu(mesh, strict, op, chip, dtype):
@@ -173,7 +182,14 @@ def test_forward_alone_is_one_kernel(mesh, strict, op, dtype):
   assert directions(text) == {"forward"}
 
 
-@pytest.mark.parametrize("op", ["selective_scan", "linear_scan"])
+@pytest.mark.parametrize(
+  "op",
+  [
+    # By day a model takes it by default.
+    pytest.param("selective_scan", marks=pytest.mark.nightly),
+    "linear_scan",
+  ],
+)
 def test_default_takes_the_kernel_from_a_cpu_host(mesh, strict, op):
   wanted = case("v5e", op, "gradient", "bfloat16")
   text = compile_case(wanted, implementation=None).as_text()
@@ -195,7 +211,11 @@ def test_kernels_compile_for_256_chips_with_the_batch_divided(mesh, strict, op):
 
 @pytest.mark.parametrize(
   ("states", "channels"),
-  [(256, 1024), (17, 1000), pytest.param(100, 5120, marks=pytest.mark.nightly)],
+  [
+    (17, 1000),
+    pytest.param(256, 1024, marks=pytest.mark.nightly),
+    pytest.param(100, 5120, marks=pytest.mark.nightly),
+  ],
 )
 def test_odd_and_large_shapes_fit_the_memory_of_a_tpu(
   mesh, strict, states, channels
