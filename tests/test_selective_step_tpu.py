@@ -73,13 +73,16 @@ def definition(args, *, softplus=True, polarization=None, valid=None):
   ("shape", "tiling", "options"),
   [
     # One block; and blocks of which the last are short, with all options.
-    ((2, 48, 8), None, {}),
+    pytest.param((2, 48, 8), None, {}, marks=pytest.mark.nightly),
     ((11, 300, 17), (8, 128), dict(polarization=BOTH, valid=True)),
     # A state of one number; nothing but the recurrence; Δ as it comes.
     ((1, 130, 1), None, dict(without=("D", "z", "delta_bias"))),
     ((3, 20, 5), None, dict(without=("z",), softplus=False, valid=True)),
     # More states than a register has sublanes and lanes.
-    ((2, 24, 136), None, dict(polarization=Polarization(ones=1))),
+    pytest.param(
+      *((2, 24, 136), None, dict(polarization=Polarization(ones=1))),
+      marks=pytest.mark.nightly,
+    ),
     # Nothing but exact channels.
     ((2, 16, 5), None, dict(polarization=BOTH)),
   ],
@@ -168,7 +171,15 @@ def test_derivatives_are_those_of_the_definition():
     )
 
 
-@pytest.mark.parametrize("alone", [(), SHARED, ("u", "state"), ("A", "z")])
+@pytest.mark.parametrize(
+  "alone",
+  [
+    pytest.param((), marks=pytest.mark.nightly),
+    SHARED,
+    ("u", "state"),
+    pytest.param(("A", "z"), marks=pytest.mark.nightly),
+  ],
+)
 def test_vmap_is_more_rows(alone):
   args = make(2, 6, 8)
   axes = {k: None if k in alone else x.ndim - 1 for k, x in args.items()}
@@ -251,7 +262,9 @@ def test_step_holds_under_shard_map():
   )
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+  "kind", [pytest.param("Auto", marks=pytest.mark.nightly), "Explicit"]
+)
 def test_step_of_a_divided_batch_needs_no_shard_map(kind):
   kinds = (getattr(jax.sharding.AxisType, kind),)
   mesh = jax.make_mesh((8,), ("data",), axis_types=kinds)
@@ -274,7 +287,14 @@ def chips():
     pytest.skip(f"no TPU compiler: {str(error).splitlines()[0]}")
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize(
+  "chip",
+  [
+    "v5e",
+    *(pytest.param(x, marks=pytest.mark.nightly) for x in ("v5p", "v6e")),
+    "tpu7x",
+  ],
+)
 @pytest.mark.parametrize(
   ("shape", "dtype", "options"),
   [
