@@ -91,7 +91,9 @@ def expected(op):
   return quick(gradient(op))(*arrays(op))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind", ["auto", pytest.param("explicit", marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize("spec", by_day("rows and channels", "time"))
 @pytest.mark.parametrize("op", OPS)
 def test_scan_under_jit_alone_is_divided_and_equal(op, spec, kind, strict):
@@ -152,7 +154,9 @@ def test_scan_on_an_explicit_mesh_of_one_device_is_equal(strict):
   assert_close(jax.device_get(actual), expected("selective_scan"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind", [pytest.param("auto", marks=pytest.mark.nightly), "explicit"]
+)
 @pytest.mark.parametrize("op", OPS)
 def test_stacked_models_are_divided_like_one(op, kind, strict):
   mesh = square(kind)
@@ -204,7 +208,11 @@ def test_arrays_that_have_left_a_mesh_are_not_divided_over_it(op, strict):
 
 
 @pytest.mark.parametrize("spec", by_day("rows and channels"))
-@pytest.mark.parametrize("stacked", [False, True], ids=["one", "stacked"])
+@pytest.mark.parametrize(
+  "stacked",
+  [pytest.param(False, marks=pytest.mark.nightly), True],
+  ids=["one", "stacked"],
+)
 def test_a_kernel_is_divided_over_rows_where_no_mesh_was_set(
   spec, stacked, blocks, strict
 ):
@@ -244,7 +252,9 @@ def blocks(monkeypatch):
   jax.clear_caches()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind", ["auto", pytest.param("explicit", marks=pytest.mark.nightly)]
+)
 def test_a_language_model_has_its_gradient_where_no_mesh_was_set(kind):
   config = ModelConfig(64, 16, 1)
   graph, params = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))
