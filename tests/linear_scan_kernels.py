@@ -80,20 +80,20 @@ def check_poison(kernels, interpret, ids):
   )
 
 
-def check_vmap(kernels, interpret):
-  """A mapped axis becomes rows, of one group of decays or of many."""
+def check_vmap(kernels, interpret, groups):
+  """A mapped axis becomes rows, of one group of decays or of several."""
   rows = [cast(make((2, 5, 3), seed=s, ids=True), "float32") for s in range(2)]
   many = jax.tree.map(lambda *x: jnp.stack(x), *rows)
   one = cast(make((2, 5, 3), (0, 1)), "float32")["a"]
   run = scan(kernels, interpret)
   reference = functools.partial(linear_scan, implementation="reference")
-  for a, axis in ((one, None), (many["a"], 0)):
-    args = many | dict(a=a)
-    axes = dict.fromkeys(args, 0) | dict(a=axis)
-    mapped = lambda f, axes=axes: quick(
-      jax.vmap(functools.partial(pull, f), in_axes=(axes,))
-    )
-    assert_close(mapped(run)(args), mapped(reference)(args))
+  a, axis = (one, None) if groups == 1 else (many["a"], 0)
+  args = many | dict(a=a)
+  axes = dict.fromkeys(args, 0) | dict(a=axis)
+  mapped = lambda f: quick(
+    jax.vmap(functools.partial(pull, f), in_axes=(axes,))
+  )
+  assert_close(mapped(run)(args), mapped(reference)(args))
 
 
 def check_lowering(platform, monkeypatch):

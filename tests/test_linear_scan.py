@@ -1,6 +1,7 @@
 """The linear recurrence: one definition, every form, every gradient."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -261,8 +262,16 @@ def test_documents_in_a_row_are_each_alone_whatever_padding_holds(reverse):
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("sick", [1, 2, 3])
+@pytest.mark.parametrize(
+  ("sick", "reverse"),
+  [
+    pytest.param(
+      *case,
+      marks=[] if case in ((1, False), (3, True)) else [pytest.mark.nightly],
+    )
+    for case in itertools.product((1, 2, 3), (False, True))
+  ],
+)
 def test_a_document_that_overflows_stays_alone(sick, reverse):
   ids = jnp.array([[1, 1, 1, 0, 2, 2, 0, 2, 2, 2, 3, 3, 3, 0, 0]], jnp.int32)
   args = cast(make((1, 15, 3), seed=sick), "float32") | dict(segment_ids=ids)
@@ -293,7 +302,9 @@ def test_a_document_that_overflows_stays_alone(sick, reverse):
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("form", ["associative", "chunked"])
+@pytest.mark.parametrize(
+  "form", [pytest.param("associative", marks=pytest.mark.nightly), "chunked"]
+)
 def test_jit_vmap_remat_and_scan_over_layers_agree(form):
   rows = [cast(make((2, 5, 3), (1,), seed=s), "float32") for s in range(3)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *rows)
@@ -318,7 +329,10 @@ def test_jit_vmap_remat_and_scan_over_layers_agree(form):
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  "kind",
+  [pytest.param(AxisType.Auto, marks=pytest.mark.nightly), AxisType.Explicit],
+)
 def test_sharded_gradients_equal_those_of_one_device(kind):
   mesh = jax.make_mesh((4, 2), ("data", "seed"), axis_types=(kind,) * 2)
   args = cast(make((4, 3, 2), (0, 1), ids=True), "float32")

@@ -24,7 +24,10 @@ check = functools.partial(check_definition, linear_scan_gpu, INTERPRET)
   "case",
   [
     dict(shape=(1, 1, 1)),
-    dict(shape=(2, 16, 3), share=(0,), tiling=SMALL),
+    pytest.param(
+      dict(shape=(2, 16, 3), share=(0,), tiling=SMALL),
+      marks=pytest.mark.nightly,
+    ),
     dict(shape=(1, 3, 200), ids=True, reverse=True),
     dict(shape=(1, 21, 5), share=(1,), tiling=SMALL, reverse=True),
     dict(shape=(2, 27, 3), ids=True, tiling=SMALL, dtype="bfloat16"),
@@ -56,8 +59,11 @@ def test_a_document_that_overflows_stays_alone():
 
 
 @pytest.mark.usefixtures("strict")
-def test_a_mapped_axis_becomes_rows():
-  check_vmap(linear_scan_gpu, INTERPRET)
+@pytest.mark.parametrize(
+  "groups", [pytest.param(1, marks=pytest.mark.nightly), 2]
+)
+def test_a_mapped_axis_becomes_rows(groups):
+  check_vmap(linear_scan_gpu, INTERPRET, groups)
 
 
 @pytest.mark.usefixtures("strict")

@@ -23,8 +23,8 @@ check = functools.partial(check_definition, linear_scan_tpu, INTERPRET)
 @pytest.mark.parametrize(
   "case",
   [
-    dict(shape=(1, 1, 1)),
-    dict(shape=(2, 37, 3), share=(0,)),
+    pytest.param(dict(shape=(1, 1, 1)), marks=pytest.mark.nightly),
+    pytest.param(dict(shape=(2, 37, 3), share=(0,)), marks=pytest.mark.nightly),
     dict(shape=(2, 7, 200), ids=True, reverse=True),
     dict(shape=(2, 300, 5), share=(0, 1), ids=True, tiling=SMALL),
     dict(shape=(2, 256, 130), share=(1,), tiling=SMALL, reverse=True),
@@ -57,8 +57,11 @@ def test_a_document_that_overflows_stays_alone():
 
 
 @pytest.mark.usefixtures("strict")
-def test_a_mapped_axis_becomes_rows():
-  check_vmap(linear_scan_tpu, INTERPRET)
+@pytest.mark.parametrize(
+  "groups", [pytest.param(1, marks=pytest.mark.nightly), 2]
+)
+def test_a_mapped_axis_becomes_rows(groups):
+  check_vmap(linear_scan_tpu, INTERPRET, groups)
 
 
 @pytest.mark.usefixtures("strict")
