@@ -107,7 +107,10 @@ def test_convolution_by_the_kernel_is_a_linear_scan():
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("length", [1, 2, 37, 130])
+@pytest.mark.parametrize(
+  "length",
+  [1, 37, *(pytest.param(n, marks=pytest.mark.nightly) for n in (2, 130))],
+)
 def test_dss_kernel_and_gradients_equal_a_softmax_by_its_sum(length):
   A, _, W, dt = system()
   A[0, 0] = -1e-3

@@ -61,7 +61,10 @@ def pull(function, args, ids):
     pytest.param(
       dict(shape=(2, 1, 3, 4), kinds="crrr"), marks=pytest.mark.nightly
     ),
-    dict(shape=(1, 64, 2, 3), kinds="rrrr", skip=False),
+    pytest.param(
+      dict(shape=(1, 64, 2, 3), kinds="rrrr", skip=False),
+      marks=pytest.mark.nightly,
+    ),
     pytest.param(
       dict(shape=(2, 130, 3, 4), kinds="cccc"), marks=pytest.mark.nightly
     ),
@@ -95,7 +98,9 @@ def test_scan_is_the_convolution_by_the_kernel():
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize(
+  "ids", [pytest.param(False, marks=pytest.mark.nightly), True]
+)
 def test_two_pieces_and_single_steps_are_the_whole(ids):
   args, ids = make((2, 95, 2, 3), kinds="ccrc", ids=ids)
   if ids is not None:
@@ -120,7 +125,14 @@ def test_two_pieces_and_single_steps_are_the_whole(ids):
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("form", [*FORMS, "reference"])
+@pytest.mark.parametrize(
+  "form",
+  [
+    pytest.param("associative", marks=pytest.mark.nightly),
+    "chunked",
+    "reference",
+  ],
+)
 def test_nan_reaches_neither_from_padding_nor_into_the_next_document(form):
   args, _ = make((1, 160, 2, 3))
   ids = np.repeat([0, 1, 0, 2, 3, 0], [5, 13, 4, 71, 64, 3])[None]
@@ -173,7 +185,9 @@ def test_bfloat16_has_a_float32_state_and_rounds_once():
     assert_close(state, expected[1], "float32", form)
 
 
-@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize(
+  "ids", [pytest.param(False, marks=pytest.mark.nightly), True]
+)
 def test_chunked_never_keeps_a_state_for_each_token(ids):
   rows, length, channels, width = 2, 4096, 64, 32
   shape = jax.ShapeDtypeStruct

@@ -112,7 +112,9 @@ PLAIN = ("D", "z", "dt_bias", "initial_state")
       (1, 65, 3, 3), dict(ids=True, without=("z",)), marks=pytest.mark.nightly
     ),
     ((1, 130, 2, 2), dict(polarization=BOTH, ids=True)),
-    ((2, 20, 4, 1), dict(polarization=REPLACE)),
+    pytest.param(
+      (2, 20, 4, 1), dict(polarization=REPLACE), marks=pytest.mark.nightly
+    ),
     pytest.param(
       (1, 20, 1, 1), dict(polarization=LEAKING), marks=pytest.mark.nightly
     ),
@@ -164,24 +166,24 @@ def test_a_one_head_sums_exactly_and_a_zero_head_has_no_memory(form):
   alone = (write * np.asarray(args["C"])[:, :, :, None]).sum(-1)
   np.testing.assert_array_equal(y[:, :, 2], alone[:, :, 2])
   # Also where the step is 0, and with finite gradients there.
-  gradients = jax.grad(
-    lambda args: run(**args)[0].sum() + run(**args)[1].sum()
-  )(args | dict(dt=args["dt"].at[:, ::3].set(0)))
+  gradients = quick(jax.grad(lambda args: sum(x.sum() for x in run(**args))))(
+    args | dict(dt=args["dt"].at[:, ::3].set(0))
+  )
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 @pytest.mark.usefixtures("strict")
 def test_two_halves_are_the_whole_and_steps_are_the_scan():
-  args = make(2, 75, 2, polarization=BOTH)
+  args = make(2, 74, 2, polarization=BOTH)
   # Ids are compared within one call, so no document ends at a cut.
-  args["segment_ids"] = np.ones((2, 75), int)
+  args["segment_ids"] = np.ones((2, 74), int)
   args["segment_ids"][0, 3::5] = 0
   args["segment_ids"][1] = 0
   args, options = cast(args), OPTIONS | dict(polarization=BOTH)
   y, state = ssd(**args, **options)
   h, halves, steps = args["initial_state"], [], []
   in_time = ("x", "dt", "B", "C", "z", "segment_ids")
-  for s in (slice(31), slice(31, None)):
+  for s in (slice(37), slice(37, None)):
     part = {n: args[n][:, s] for n in in_time}
     out, h = ssd(**args | part | dict(initial_state=h), **options)
     halves.append(out)
@@ -190,7 +192,7 @@ def test_two_halves_are_the_whole_and_steps_are_the_scan():
   rest = {n: args[n] for n in ("A", "D", "dt_bias")}
   step = quick(functools.partial(ssd_step, **options))
   h = args["initial_state"]
-  for t in range(75):
+  for t in range(74):
     out, h = step(**{n: args[n][:, t] for n in in_time}, **rest, state=h)
     steps.append(out)
   assert_close((jnp.stack(steps, 1), h), (y, state))
