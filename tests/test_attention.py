@@ -65,7 +65,7 @@ def test_attention_in_blocks_goes_on_from_a_state():
 # Within a block of queries, over several of them, and as long as the row.
 @pytest.mark.parametrize(
   "window",
-  [7, 280, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 300))],
+  [280, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 7, 300))],
 )
 def test_windowed_attention_equals_the_softmax_written_out(window):
   x, segment_ids = inputs()
@@ -178,7 +178,9 @@ def grouped(**fields):
   return quick_jit(build)(jax.random.key(2))
 
 
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(
+  "window", [pytest.param(None, marks=pytest.mark.nightly), 9]
+)
 def test_grouped_heads_turned_in_part_equal_the_softmax_written_out(window):
   x, segment_ids = inputs()
   y, state = run(grouped(window=window), x, None, segment_ids)
@@ -217,7 +219,9 @@ def grouped_written_out(model, x, window):
   return np.concatenate(ys, 1) @ weight(model.out_proj) + weight(model.out_bias)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(
+  "window", [pytest.param(None, marks=pytest.mark.nightly), 3]
+)
 def test_attention_on_explicit_shardings_has_the_whole_gradient(window):
   x = inputs()[0][:, :6]
   model = grouped(window=window)
