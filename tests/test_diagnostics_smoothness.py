@@ -45,7 +45,9 @@ def points(kind):
 
 
 @pytest.mark.parametrize("kind", ["real", "complex"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+  "masked", [pytest.param(False, marks=pytest.mark.nightly), True]
+)
 def test_sharpness_is_what_the_pairs_of_tokens_give(kind, masked):
   x = points(kind)
   mask = np.ones((2, 7), bool)
@@ -99,7 +101,9 @@ def test_sharpness_holds_where_squares_do_not(tokens):
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 # XLA's reductions of few numbers keep NaN, those of many do not.
-@pytest.mark.parametrize("width", [1, 5000])
+@pytest.mark.parametrize(
+  "width", [pytest.param(1, marks=pytest.mark.nightly), 5000]
+)
 def test_what_is_not_finite_is_not_smooth(value, width):
   x = jnp.zeros((1, 3, width)).at[0, 1, -1].set(value)
   for found in SHARPNESS(x):

@@ -293,8 +293,16 @@ def test_one_export_for_all_platforms_has_their_kernels_and_runs_here(op):
   assert_close(exported.call(*arguments()), expected)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+  ("op", "platform"),
+  [
+    ("linear_scan", "tpu"),
+    ("linear_scan", "cuda"),
+    ("selective_scan", "tpu"),
+    # By day the kernel's own test lowers it inside a shard_map.
+    pytest.param("selective_scan", "cuda", marks=pytest.mark.nightly),
+  ],
+)
 def test_kernels_lower_inside_shard_map_differentiated_there_or_outside(
   op, platform
 ):
