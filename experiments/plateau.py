@@ -86,7 +86,10 @@ def restricted_difference(
   A run that has not left counts with the whole horizon (the restricted mean
   survival time, Royston & Parmar 2013).
   """
-  spent = lambda times: [horizon if t is None else min(t, horizon) for t in times]
+
+  def spent(times):
+    return [horizon if t is None else min(t, horizon) for t in times]
+
   return difference_of_means(spent(first), spent(second))
 
 
@@ -108,8 +111,8 @@ def difference_of_means(
     return drawn * math.sqrt(len(x) / max(len(x) - 1, 1))
 
   low, high = np.percentile(effect + resampled(a) - resampled(b), (2.5, 97.5))
-  difference = lambda x, chosen: _means_apart(x, chosen)
-  return Difference(effect, float(low), float(high), _permuted(a, b, difference))
+  p = _permuted(a, b, _means_apart)
+  return Difference(effect, float(low), float(high), p)
 
 
 def log_rank(

@@ -452,6 +452,7 @@ def test_model_is_differentiated_over_stacked_seeds(name):
 
 
 @table(TRANSFORMED)
+@pytest.mark.nightly
 def test_model_is_built_for_stacked_seeds(name):
   keys = jax.random.split(jax.random.key(7), 2)
   stacked = quick_jit(jax.vmap(functools.partial(build, name)))(keys)

@@ -37,7 +37,12 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(
-  "name", ["gated", "silu", pytest.param("elu", marks=pytest.mark.nightly)]
+  "name",
+  [
+    "gated",
+    pytest.param("silu", marks=pytest.mark.nightly),
+    pytest.param("elu", marks=pytest.mark.nightly),
+  ],
 )
 def test_delta_net_gives_outputs_and_gradients_of_published_code(name):
   golden = published()

@@ -133,7 +133,7 @@ def truth(args):
       dict(shape=(1, 7, 3, 1, 4), decay=None, state=False, ids=True),
       marks=pytest.mark.nightly,
     ),
-    dict(ids=True, decay="extreme"),
+    pytest.param(dict(ids=True, decay="extreme"), marks=pytest.mark.nightly),
     dict(shape=(1, 230, 2, 4, 3), ids=True),
     pytest.param(dict(shape=(1, 530, 1, 8, 6)), marks=pytest.mark.nightly),
     pytest.param(
@@ -178,6 +178,7 @@ def test_float64_is_kept():
 
 
 @pytest.mark.usefixtures("strict")
+@pytest.mark.nightly
 def test_bfloat16_has_a_float32_state_and_rounds_once():
   args = cast(make(ids=True), jnp.bfloat16)
   wide = {

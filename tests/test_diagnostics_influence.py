@@ -281,6 +281,7 @@ def test_influence_of_a_layer_is_seen_where_float32_cannot_square_it():
   assert bool(found.local.holds)
 
 
+@pytest.mark.nightly
 def test_layer_influence_finds_its_window():
   def layer(x):
     mixed = x + jnp.pad(x, ((0, 0), (2, 0), (0, 0)))[:, :-2]

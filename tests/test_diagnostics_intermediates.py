@@ -44,6 +44,7 @@ def shown(model, tokens, segment_ids):
   return features, out
 
 
+@pytest.mark.nightly
 def test_what_is_handed_over_is_what_the_layers_make_one_by_one():
   built = model()
   features, out = shown(built, TOKENS, jnp.ones_like(TOKENS))

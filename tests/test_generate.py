@@ -110,6 +110,7 @@ def test_sampling_follows_the_softmax_of_the_logits_over_temperature():
   assert not found[expected == 0].any()
 
 
+@pytest.mark.nightly
 def test_padded_prompts_of_one_batch_go_on_as_each_alone():
   tokens = np.full((3, 7), -1, np.int32)
   segments = np.zeros((3, 7), np.int32)
@@ -139,6 +140,7 @@ def test_rows_of_any_lengths_go_on_as_each_alone_sampling_included():
   np.testing.assert_array_equal(array[0], found[0])
 
 
+@pytest.mark.nightly
 def test_four_tokens_and_six_more_are_ten():
   stops = {"eos_id": 7, "stop": [[8, 4, 2]], "return_state": True}
   tokens, state = sampled(PROMPT, 10, **stops)
@@ -166,6 +168,7 @@ def test_conversation_goes_on_as_the_whole_text_would():
   np.testing.assert_array_equal(second, expected)
 
 
+@pytest.mark.nightly
 def test_prefix_is_read_once_for_several_prompts():
   _, state = quick_jit(prefill)(model(), PROMPT[:1], model().init_state(1, 16))
   ends = np.array([[7, 7], [1, 2], [4, 4]], np.int32)
@@ -303,6 +306,7 @@ def test_rows_divided_in_a_shard_map_generate_as_together():
   )
 
 
+@pytest.mark.nightly
 def test_rows_of_explicit_shardings_generate_as_on_one_device():
   mesh = jax.make_mesh((2,), ("data",))
   on = lambda spec: lambda x: jax.device_put(x, NamedSharding(mesh, spec))
@@ -351,6 +355,7 @@ def test_attention_beyond_its_capacity_is_nan_and_not_wrong():
   assert jnp.isnan(again).all()
 
 
+@pytest.mark.nightly
 def test_tokens_before_the_overflow_are_right_in_every_layer():
   config = ModelConfig(16, 8, 2, mixers=(AttentionConfig(),))
   build = lambda key: LanguageModel(config, rngs=nnx.Rngs(key))

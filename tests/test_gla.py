@@ -116,9 +116,13 @@ def check(args, dtype="float32", form=None):
     pytest.param(
       (2, 37, 1, 7, 2), dict(decay="token", ids=True), marks=pytest.mark.nightly
     ),
-    ((2, 150), dict(ids=True)),
+    pytest.param((2, 150), dict(ids=True), marks=pytest.mark.nightly),
     ((2, 150), dict(decay="token", bonus=True, ids=True)),
-    ((1, 64), dict(decay="key", bonus=True, ids=True)),
+    pytest.param(
+      (1, 64),
+      dict(decay="key", bonus=True, ids=True),
+      marks=pytest.mark.nightly,
+    ),
     pytest.param(
       (1, 65, 3, 2, 9), dict(decay="head"), marks=pytest.mark.nightly
     ),

@@ -328,6 +328,7 @@ def test_command_says_what_it_cannot_do(monkeypatch, flags, said):
     bench.main()
 
 
+@pytest.mark.nightly
 def test_measuring_is_rehearsed_on_a_cpu(tmp_path, capsys, monkeypatch):
   stand_in(monkeypatch, scale=1.0)
   path = tmp_path / "kernels.json"

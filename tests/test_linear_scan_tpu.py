@@ -25,10 +25,15 @@ check = functools.partial(check_definition, linear_scan_tpu, INTERPRET)
   [
     pytest.param(dict(shape=(1, 1, 1)), marks=pytest.mark.nightly),
     pytest.param(dict(shape=(2, 37, 3), share=(0,)), marks=pytest.mark.nightly),
-    dict(shape=(2, 7, 200), ids=True, reverse=True),
+    pytest.param(
+      dict(shape=(2, 7, 200), ids=True, reverse=True), marks=pytest.mark.nightly
+    ),
     dict(shape=(2, 300, 5), share=(0, 1), ids=True, tiling=SMALL),
     dict(shape=(2, 256, 130), share=(1,), tiling=SMALL, reverse=True),
-    dict(shape=(1, 150, 5), ids=True, tiling=SMALL, dtype="bfloat16"),
+    pytest.param(
+      dict(shape=(1, 150, 5), ids=True, tiling=SMALL, dtype="bfloat16"),
+      marks=pytest.mark.nightly,
+    ),
   ],
   ids=str,
 )

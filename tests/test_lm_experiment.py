@@ -126,6 +126,7 @@ def test_spectra_are_recorded_from_the_initialisation_on(smoke, whole):
   assert not list(whole.rglob("spectra.jsonl"))
 
 
+@pytest.mark.nightly
 def test_run_that_crashes_goes_on_to_the_same_bits(
   whole, tmp_path, monkeypatch
 ):

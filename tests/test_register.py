@@ -83,6 +83,7 @@ def test_registered_mixer_stands_beside_those_of_the_library(tmp_path):
   assert models.load(tmp_path / "model").config == config
 
 
+@pytest.mark.nightly
 def test_registered_mixer_is_measured_by_its_recurrence():
   mixer = ema().EMAConfig(4).build(8, 1, nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(0), (2, 12, 8))

@@ -688,6 +688,7 @@ def test_data_that_cannot_be_resumed_or_ends_is_refused(tmp_path):
     toy_run.run(tmp_path, data=Short())
 
 
+@pytest.mark.nightly
 def test_fit_takes_a_mesh_as_make_mesh_gives_it(tmp_path, unbroken):
   mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
   with jax.set_mesh(mesh):

@@ -173,7 +173,10 @@ PLAIN = ("D", "z", "delta_bias", "initial_state")
       *((1, 7, 1, 17), dict(), FORMS[:2]), marks=pytest.mark.nightly
     ),
     ((2, 37, 3, 16), dict(polarization=BOTH, ids=True), FORMS[1:]),
-    ((2, 11, 3, 4), dict(polarization=REPLACE, ids=True), FORMS[:2]),
+    pytest.param(
+      *((2, 11, 3, 4), dict(polarization=REPLACE, ids=True), FORMS[:2]),
+      marks=pytest.mark.nightly,
+    ),
     ((1, 300, 2, 3), dict(without=("z", "delta_bias")), FORMS[1:2]),
     ((2, 11, 3, 2), dict(kinds="cccc", ids=True), FORMS[2:]),
     ((1, 5, 2, 2), dict(kinds="rrcr", polarization=BOTH), FORMS[:1]),

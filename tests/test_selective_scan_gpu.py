@@ -156,6 +156,7 @@ def test_softplus_keeps_relative_precision():
   np.testing.assert_allclose(value[usual], expected[usual], rtol=1.5e-6)
 
 
+@pytest.mark.nightly
 def test_bfloat16_may_be_mixed_with_float32():
   args = make(1, 24, 64, 2, dtype=jnp.bfloat16)
   check(args)
@@ -165,6 +166,7 @@ def test_bfloat16_may_be_mixed_with_float32():
   check_values(args)
 
 
+@pytest.mark.nightly
 def test_groups_of_rows_have_their_own_rates():
   one = [make(1, 8, 64, 3, seed=s) for s in range(2)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *one)

@@ -85,11 +85,13 @@ def test_tpu_scan_equals_the_definition(shape, tiling, options):
   check(args, tiling, softplus=softplus, ones=ones)
 
 
+@pytest.mark.nightly
 def test_tpu_scan_of_bfloat16_is_close_to_the_definition():
   args = make(**SMALL, dtype=jnp.bfloat16, valid=True, without=("direct",))
   check(args, Tiling(32, 1, 3), dtype=jnp.bfloat16)
 
 
+@pytest.mark.nightly
 def test_tpu_scan_holds_for_weak_and_strong_decay_and_every_step_size():
   args = make(**SMALL, without=LEAST)
   # Steps from 1e-4 to 10, rates from 1e-3 to 1e3, in one scan.
@@ -142,6 +144,7 @@ def test_padding_that_is_nan_changes_not_a_bit():
     assert not np.asarray(actual[1][name])[outside].any(), name
 
 
+@pytest.mark.nightly
 def test_vmap_over_layers_is_a_scan_with_groups():
   one = [make(2, 5, 20, 1, seed=s, valid=True) for s in range(2)]
   stacked = {

@@ -107,7 +107,7 @@ PLAIN = ("D", "z", "dt_bias", "initial_state")
     pytest.param(
       (2, 37, 4, 2), dict(wide_skip=True), marks=pytest.mark.nightly
     ),
-    ((2, 150, 3, 1), dict(ids=True)),
+    pytest.param((2, 150, 3, 1), dict(ids=True), marks=pytest.mark.nightly),
     pytest.param(
       (1, 65, 3, 3), dict(ids=True, without=("z",)), marks=pytest.mark.nightly
     ),
@@ -125,6 +125,7 @@ def test_value_and_gradients_equal_the_definition(sizes, options):
 
 
 @pytest.mark.usefixtures("strict")
+@pytest.mark.nightly
 def test_bfloat16_has_a_float32_state():
   args = make(2, 70, ids=True, polarization=BOTH, groups=3)
   _, state = check(args, jnp.bfloat16, BOTH)

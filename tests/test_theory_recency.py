@@ -26,8 +26,8 @@ REAL = sorted(
 COMPLEX = sorted(appendix_b.COMPLEX)
 # By day a form of each way to make decays and inputs: all compile for long.
 BY_DAY = {
-  "s6", "mamba2", "retnet", "gla", "hgrn2", "rg_lru", "mlstm", "longhorn",
-  "dss", "h3", "megalodon",
+  "s6", "mamba2", "hgrn2", "rg_lru", "mlstm", "longhorn", "dss", "h3",
+  "megalodon",
 }  # fmt: skip
 LENGTH = 6
 
@@ -110,6 +110,7 @@ def test_slope_of_many_channels_tends_to_that_of_the_slowest():
   assert slopes[-1] == pytest.approx(np.log(0.9), abs=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_convolution_wider_than_the_window_is_found():
   def layer(x):
     before = jnp.pad(x, ((0, 0), (2, 0), (0, 0)))
@@ -139,6 +140,7 @@ def test_a_convolution_wider_than_the_window_is_found():
     assert float(premise.fraction) == pytest.approx(1 - apart / 36)
 
 
+@pytest.mark.nightly
 def test_rwkv4_as_the_paper_writes_it_is_not_of_eq_1():
   p, x = drawn(0, 1.0)
 
@@ -300,6 +302,7 @@ def test_shortest_sequences_have_no_influence_or_one(length):
   assert not np.isnan(np.asarray(split.horizon)).any()
 
 
+@pytest.mark.nightly
 def test_complex_inputs_go_in_as_their_parts():
   rng = np.random.default_rng(4)
   x = jnp.asarray(rng.normal(size=(2, 5, 2)))

@@ -178,9 +178,10 @@ class RecallStream:
   def _segment_of(self, step: jax.Array) -> jax.Array:
     """Find, on the device, the segment of a step of the shuffled order."""
     epoch, place = jnp.divmod(step, np.uint32(self.steps_per_epoch))
-    after = lambda starts, at: sum(
-      (at >= np.uint32(first)).astype(jnp.int32) for first in starts[1:]
-    ) + jnp.int32(0)
+    after = lambda starts, at: (
+      sum((at >= np.uint32(first)).astype(jnp.int32) for first in starts[1:])
+      + jnp.int32(0)
+    )
     shuffled = np.uint32(self._shuffled_steps)
     left = after(self._first_left, place - shuffled)
     runs = sum(self._runs)
