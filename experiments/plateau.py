@@ -8,8 +8,8 @@ run that has not left by the end only to be later ("censored").
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -147,9 +147,8 @@ def _permuted(first, second, statistic) -> float:
   values, size = np.concatenate([first, second]), len(first)
   whole = np.arange(len(values))
   observed = abs(statistic(values, whole < size))
-  if math.comb(len(values), size) <= _DRAWS:
-    deals = itertools.combinations(whole, size)
-  else:
+  deals: Iterable[Any] = itertools.combinations(whole, size)
+  if math.comb(len(values), size) > _DRAWS:
     rng = np.random.default_rng(0)
     deals = (rng.permutation(whole)[:size] for _ in range(_DRAWS // 10))
   found = [

@@ -74,7 +74,7 @@ class Arguments:
   preset: Literal["smoke", "cpu", "zoo", "paper", "paper-short"] = "cpu"
   out: pathlib.Path | None = None
   rows: tuple[str, ...] | None = None
-  seeds: tuple[int, ...] = (0,)
+  seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
   seeds_at_once: int = 0
   init: Literal["mamba", "authors"] | None = None
   mix: Literal["paper", "authors"] = "authors"
@@ -171,7 +171,12 @@ def run_row(
     made.batch_size,
     order=made.order,
     fresh=made.fresh,
-    run_length=made.steps_per_dispatch if made.order == "shuffled" else 1,
+    run_length=(
+      made.steps_per_dispatch
+      if made.order == "shuffled" and not made.one_shape
+      else 1
+    ),
+    one_shape=made.one_shape,
   )
   fit_config = training.FitConfig(
     steps=made.steps,
@@ -213,11 +218,24 @@ def run_row(
         "parameters": sum(x.size for x in jax.tree.leaves(model)),
         "accuracy": {k: v["accuracy"] for k, v in score.items()},
         "distance": {k: v["distance"] for k, v in score.items()},
+        "curve": _curve(made, folder, seed),
         **_of_the_kind(made, row, seed, model, folder),
         **origin,
       },
     )
   return True
+
+
+def _curve(made: Setting, folder, seed: int) -> dict[str, list]:
+  """Accuracy by number of pairs at each evaluation of a run."""
+  lines = [
+    line
+    for line in training.read_metrics(folder)
+    if line["event"] == "evaluate" and line["seed"] == seed
+  ]
+  names = [str(config.num_pairs) for config, _ in made.test.segments]
+  accuracy = {k: [line[f"accuracy_{k}"] for line in lines] for k in names}
+  return {"steps": [line["step"] for line in lines], **accuracy}
 
 
 def _run(made, row, seeds, out, minutes) -> bool:

@@ -8,9 +8,10 @@ import os
 import pathlib
 from typing import Any
 
-from experiments import recall_zoo_report
+from experiments import recall_figure, recall_zoo_report
 from experiments.compare import deviation, gain, mean
 from experiments.recall_settings import PAPER_TABLE, Setting, identity
+from experiments.recall_verdicts import sentences, verdicts
 from experiments.results import write_json, write_text
 
 __all__ = ["report", "verdict"]
@@ -36,6 +37,7 @@ def report(out: pathlib.Path, made: Setting, preset: str) -> None:
     print(f"recall: no finished row under {out} yet.")
     return
   pairs = [config.num_pairs for config, _ in made.test.segments]
+  found = verdicts(rows)
   write_json(
     out / "results.json",
     {"label": made.label, "preset": preset, "pairs": pairs, "rows": rows},
@@ -43,12 +45,17 @@ def report(out: pathlib.Path, made: Setting, preset: str) -> None:
   if preset == "zoo":
     text = recall_zoo_report.table(rows, pairs, made.label)
   else:
-    text = _table(rows, pairs, made.label, theirs=preset.startswith("paper"))
+    effects = sentences(found) or verdict(rows, pairs)
+    text = _table(rows, pairs, made.label, effects, preset.startswith("paper"))
   write_text(out / "table.md", text)
+  if found:
+    write_json(out / "verdicts.json", found)
   print("\n" + text)
   if preset == "zoo":
     chance = 200 / made.vocab_size
     recall_zoo_report.plot(rows, pairs, made.label, chance, out / "recall.png")
+  elif preset == "cpu":
+    recall_figure.plot(rows, made, out / "recall.png")
   else:
     _plot(rows, pairs, made.label, out / "recall.png", preset)
   print(f"Written: {out}/table.md, {out}/recall.png, {out}/results.json")
@@ -73,6 +80,7 @@ def _collect(out: pathlib.Path, made: Setting) -> list[dict[str, Any]]:
       "steps",
       "accuracy",
       "distance",
+      "curve",
       "commit",
       "device",
       "versions",
@@ -93,7 +101,7 @@ def _collect(out: pathlib.Path, made: Setting) -> list[dict[str, Any]]:
   return rows
 
 
-def _table(rows, pairs, label, theirs) -> str:
+def _table(rows, pairs, label, effects, theirs) -> str:
   """Markdown: accuracy in per cent, mean ± standard deviation over seeds."""
   heads = ["row", *(f"{k} pairs" for k in pairs), "mean", "n"]
   if theirs:
@@ -114,7 +122,7 @@ def _table(rows, pairs, label, theirs) -> str:
         " / ".join(f"{x:.1f}" for x in paper) if paper else "not reported"
       )
     lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join([*lines, "", *verdict(rows, pairs), ""])
+  return "\n".join([*lines, "", *effects, ""])
 
 
 def verdict(rows: list[dict[str, Any]], pairs: list[int]) -> list[str]:
