@@ -58,7 +58,8 @@ class Arguments:
     out: folder for runs, results, table and plot; by default
       runs/recall/<preset and what is changed of it>.
     rows: train and report these rows only.
-    seeds: one run each; all seeds of a row are trained at once.
+    seeds: one run each, by default 0 to 4 of preset cpu and 0 of the others;
+      all seeds of a row are trained at once.
     seeds_at_once: at most so many (0: all), where memory is short. Presets
       that stop early train them one by one.
     init: another initialisation than the preset's (paper presets: authors).
@@ -74,7 +75,7 @@ class Arguments:
   preset: Literal["smoke", "cpu", "zoo", "paper", "paper-short"] = "cpu"
   out: pathlib.Path | None = None
   rows: tuple[str, ...] | None = None
-  seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+  seeds: tuple[int, ...] | None = None
   seeds_at_once: int = 0
   init: Literal["mamba", "authors"] | None = None
   mix: Literal["paper", "authors"] = "authors"
@@ -85,7 +86,9 @@ class Arguments:
   report_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
   def __post_init__(self):
-    if not self.seeds or not all(0 <= s < TEST_SEED for s in self.seeds):
+    if self.seeds is not None and not (
+      self.seeds and all(0 <= s < TEST_SEED for s in self.seeds)
+    ):
       raise SystemExit(
         f"recall: seeds is {self.seeds}, expected one or more numbers from 0"
         f" to {TEST_SEED - 1}."
@@ -119,12 +122,13 @@ def main(arguments: Arguments) -> int:
   )
   made = dataclasses.replace(made, rows=_chosen(made, arguments.rows))
   out = arguments.out or _default_out(arguments, made)
-  at_once = arguments.seeds_at_once or len(arguments.seeds)
+  wanted = arguments.seeds or made.seeds
+  at_once = arguments.seeds_at_once or len(wanted)
   if made.stop_above is not None:
     at_once = 1  # Together, a seed would go on until the slowest may stop.
   finished = True
   for row in () if arguments.report_only else made.rows:
-    missing = [s for s in arguments.seeds if not _is_done(out, made, row, s)]
+    missing = [s for s in wanted if not _is_done(out, made, row, s)]
     for first in range(0, len(missing), at_once):
       left = None
       if arguments.minutes is not None:
