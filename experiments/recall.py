@@ -322,9 +322,10 @@ def _test_batch(model, config: data.RecallConfig, first, count: int):
   return answers == batch["targets"], batch["distances"]
 
 
-def _answers(made: Setting, model, segment: int):
-  """All test answers of one segment: right and distance, `[size, Q]`."""
+def _answers(made: Setting, model, segment: int, most: int | None = None):
+  """Test answers of one segment: right and distance, `[size, Q]`."""
   config, size = made.test.segments[segment]
+  size = min(size, most or size)
   # One device's copy of the parameters: the others need not do the same.
   model = jax.device_put(model, jax.local_devices()[0])
   parts = []
@@ -340,7 +341,7 @@ def _answers(made: Setting, model, segment: int):
 def _accuracies(made: Setting, model) -> dict[str, float]:
   scores = {}
   for segment, (config, _) in enumerate(made.test.segments):
-    right, _ = _answers(made, model, segment)
+    right, _ = _answers(made, model, segment, made.curve_size)
     scores[f"accuracy_{config.num_pairs}"] = float(right.mean())
   return {"accuracy": sum(scores.values()) / len(scores), **scores}
 

@@ -66,7 +66,7 @@ def plot(
   for axes in (left, right):
     axes.set_ylim(-4, 104)
     axes.grid(alpha=0.25)
-  left.legend(fontsize=8, loc="center right")
+  left.legend(fontsize=8, loc="upper left")
   seeds = len(drawn[0]["runs"]) if drawn else 0
   figure.suptitle(
     f"{made.label}; {seeds} seeds a row (thin lines), mean thick", fontsize=9

@@ -13,7 +13,7 @@ from ssmjax.data import (
   RecallConfig,
   RecallMix,
 )
-from ssmjax.types import Polarization, Positive, check_fields
+from ssmjax.types import Polarization, Positive, Size, check_fields
 
 __all__ = [
   "PAPER_TABLE",
@@ -89,6 +89,8 @@ class Setting:
     stop_above: mean accuracy at which training stops early.
     test_batch: rows of an evaluation batch.
     step_sizes: range of Mamba's Δ at the start; None for the initialisation's.
+    curve_size: test examples of each segment in the evaluations on the way;
+      None for all.
     one_shape: batches of all segments have one shape, so that a row compiles
       one train step.
     seeds: that are trained where none are asked for.
@@ -119,6 +121,7 @@ class Setting:
   stop_above: float | None = None
   test_batch: int = 128
   step_sizes: tuple[Positive, Positive] | None = None
+  curve_size: Size | None = None
   one_shape: bool = False
   seeds: tuple[int, ...] = (0,)
 
@@ -128,7 +131,7 @@ class Setting:
 
 # What results of before these fields were there do not say.
 _LATER: dict[str, dict[str, Any]] = {
-  "setting": {"step_sizes": None, "one_shape": False},
+  "setting": {"step_sizes": None, "curve_size": None, "one_shape": False},
   "row": {"own_steps": False},
 }
 
@@ -376,7 +379,8 @@ _CPU = _toy(
   steps_per_dispatch=25,
   evaluate_every=25,
   save_every=50,
-  test_size=128,
+  curve_size=128,
+  test_size=1024,
 )
 
 # Found by trial (see LOG.md): at preset cpu's task Mamba in its own
