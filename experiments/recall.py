@@ -11,7 +11,11 @@ Commands::
   python -m experiments.recall --preset zoo         # every kind of mixer
   python -m experiments.recall --preset paper --rows both-4 --minutes 60
 
-Cost: preset cpu, at most 8 minutes on 2 cores; preset paper, some 150,500 steps
+Preset cpu trains five seeds of each row and judges the claims that a toy can
+test: when a model begins to remember which values were shown, how far back, and
+when it tells the pairs apart (`verdicts.json`).
+
+Cost: preset cpu, some 5 minutes on 2 cores; preset paper, some 150,500 steps
 of 128 sequences of up to 1024 tokens a row, in pieces of any length: a row is
 a run of its own that goes on where it stopped, and a finished row is not run
 again. Expected at full scale (their Table 2/5, per cent at 64, 128 and 256
