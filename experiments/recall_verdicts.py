@@ -90,20 +90,20 @@ def _claims() -> list[Claim]:
 
   found = []
   for row, words in (
-    ("one-2", "A channel of decay 1"),
-    ("zero-2", "A channel of decay 0 alone"),
-    ("both-2", "Both channels"),
-    ("both-matched-2", "Both, in place of learned channels,"),
+    ("one-2", "one channel at decay 1"),
+    ("zero-2", "one channel at decay 0 alone"),
+    ("both-2", "both"),
+    ("both-matched-2", "both in place of learned channels"),
   ):
     found += [
-      sooner(f"{words} let a model remember sooner", row),
-      farther(f"{words} let a model remember what is farthest back", row),
+      sooner(f"With {words} a model remembers sooner", row),
+      farther(f"With {words} a model remembers what is farthest back", row),
     ]
   own = "default-own-steps-2"
   return [
     *found,
     Claim(
-      "Both channels let a model tell pairs apart sooner",
+      "With both a model tells pairs apart sooner",
       "both-2",
       default,
       solves_at,
@@ -111,9 +111,9 @@ def _claims() -> list[Claim]:
       -1,
       times=True,
     ),
-    sooner("Mamba's own step sizes let a model remember sooner", own),
+    sooner("With Mamba's own step sizes a model remembers sooner", own),
     sooner(
-      "Both channels let it remember sooner under Mamba's own step sizes, too",
+      "With both it remembers sooner under Mamba's own step sizes, too",
       "both-own-steps-2",
       own,
     ),
