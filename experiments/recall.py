@@ -172,8 +172,10 @@ def run_row(
   Raises:
     ValueError: the folder holds a run of another setting.
   """
+  # Before the run, so that its commit is the one that trained it.
   origin = provenance()
   config = model_config(made, row)
+  # Batches of several shapes come in runs that fill a dispatch.
   stream = data.RecallStream(
     made.train,
     made.batch_size,
@@ -211,6 +213,7 @@ def run_row(
   )
   if not result.finished:
     return False
+  # Each seed's result is written whole, with what is needed to draw it again.
   for seed, model in zip(seeds, result.models, strict=True):
     score = _scores(made, model)
     write_json(

@@ -1,4 +1,4 @@
-"""What the rows of the recall experiment say of the paper's claims.
+"""Judge the paper's claims by the rows of the recall experiment.
 
 Every claim is a difference between two rows over seeds, with an interval. It
 is *shown* where the interval is on the claimed side of zero and a permutation
@@ -14,6 +14,7 @@ from experiments.plateau import (
   Difference,
   difference_of_means,
   left_at,
+  log_rank,
   restricted_difference,
 )
 
@@ -40,10 +41,10 @@ class Claim:
     text: the claim.
     row: that it is about.
     base: what it is compared with.
-    measure: of a row's runs, one number a seed; or times, for `horizon`.
+    measure: of a row's runs, one number a seed.
     unit: of the effect.
     sign: of the effect that the claim predicts.
-    times: the measure gives steps that may be censored.
+    times: the measure gives steps, None for a run that never gets there.
   """
 
   text: str
@@ -129,7 +130,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
   Returns:
     For each claim its text, `verdict` ("shown", "not shown", "contradicted"),
     `effect` (the row less its base), `interval` (95 %), `unit`, `p`, the rows
-    and the seeds of both.
+    and the seeds of both; of steps also `log_rank_p`.
   """
   by_name = {row["row"]: row["runs"] for row in rows}
   found = []
@@ -144,20 +145,21 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
       difference = restricted_difference(first, second, horizon)
     else:
       difference = difference_of_means(first, second)
-    found.append(
-      {
-        "claim": claim.text,
-        "verdict": _verdict(difference, claim.sign),
-        "effect": round(difference.effect, 2),
-        "interval": [round(difference.low, 2), round(difference.high, 2)],
-        "unit": claim.unit,
-        "p": round(difference.p, 4),
-        "row": claim.row,
-        "base": claim.base,
-        "seeds": sorted({run["seed"] for run in mine}),
-        "base_seeds": sorted({run["seed"] for run in base}),
-      }
-    )
+    entry: dict[str, Any] = {
+      "claim": claim.text,
+      "verdict": _verdict(difference, claim.sign),
+      "effect": round(difference.effect, 2),
+      "interval": [round(difference.low, 2), round(difference.high, 2)],
+      "unit": claim.unit,
+      "p": round(difference.p, 4),
+      "row": claim.row,
+      "base": claim.base,
+      "seeds": sorted({run["seed"] for run in mine}),
+      "base_seeds": sorted({run["seed"] for run in base}),
+    }
+    if claim.times:
+      entry["log_rank_p"] = round(log_rank(first, second), 4)
+    found.append(entry)
   return found
 
 

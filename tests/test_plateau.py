@@ -1,7 +1,10 @@
 """When runs leave a plateau, and what the recall experiment says of it."""
 
+import json
 import math
+import pathlib
 
+import numpy as np
 import pytest
 
 from experiments.plateau import (
@@ -46,8 +49,6 @@ def test_difference_of_equal_runs_has_no_width():
 
 
 def test_interval_of_few_runs_holds_the_truth_as_often_as_it_says():
-  import numpy as np
-
   rng = np.random.default_rng(1)
   held = 0
   for _ in range(150):
@@ -117,3 +118,12 @@ def test_two_seeds_say_nothing():
     row("both-2", [(50, 95)] * 2),
   ]
   assert verdicts(rows) == []
+
+
+def test_committed_verdicts_are_those_of_the_committed_results():
+  folder = pathlib.Path(__file__).parents[1] / "experiments" / "results"
+  read = lambda name: json.loads((folder / name).read_text())
+  found = verdicts(read("recall-cpu.json")["rows"])
+  assert found == read("recall-verdicts.json")
+  table = (folder / "README.md").read_text()
+  assert all(line in table for line in sentences(found))
